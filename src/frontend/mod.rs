@@ -1,0 +1,3 @@
+//! Speaks block protocols; knows no volume.
+
+pub mod nbd;

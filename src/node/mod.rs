@@ -1,0 +1,3 @@
+//! Builds, drains and stops everything on this host.
+
+pub mod service;

@@ -1,0 +1,3 @@
+//! The engine: volumes on epochs, a clean cache and a pool. Knows no frontend.
+
+pub mod ids;
