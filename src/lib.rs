@@ -12,6 +12,7 @@ pub mod control;
 pub mod disk;
 pub mod frontend;
 pub mod geometry;
+pub mod mutant;
 pub mod node;
 pub mod offload;
 pub mod store;
