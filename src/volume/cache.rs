@@ -32,7 +32,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 const INSERTS_MAX: usize = 256;
 /// Inserts that write at the same time.
 const WRITES_MAX: usize = 32;
-/// After a failure, or while the disk is nearly full, one insert in so many may try a slot that was never filled.
+/// While the disk is full or nearly so, one insert in so many tries for new space.
 const RETRY_EVERY: u64 = 64;
 /// The disk is left alone while less than one part in so many is free.
 const FREE_SHARE: u64 = 20;
@@ -90,10 +90,10 @@ struct State {
     failed: VecDeque<u32>,
     /// Content that is being filled or checked: whoever else wants to waits for the sender to go.
     busy: HashMap<ContentHash, watch::Receiver<()>>,
-    /// The last attempt to use new space failed, or the disk is nearly full.
+    /// The disk is full or nearly so: slots that were never filled are left alone.
     cautious: bool,
-    /// The last attempt to fill a slot that was filled before failed: no more of them are given up.
-    refill_failed: bool,
+    /// The last insert failed, and not for want of space: good slots are not given up for more such attempts.
+    failing: bool,
     healthy: bool,
     inserts_begun: u64,
     checks: Checks,
@@ -200,7 +200,7 @@ impl CleanCache {
             failed: VecDeque::new(),
             busy: HashMap::new(),
             cautious: false,
-            refill_failed: false,
+            failing: false,
             healthy: true,
             inserts_begun: 0,
             checks: Checks::default(),
@@ -478,12 +478,13 @@ impl Fill {
         {
             let mut state = cache.state.lock();
             if let Err(error) = written {
-                state.cautious = true;
-                state.refill_failed = is_indexed;
+                let is_full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+                state.cautious |= is_full;
+                state.failing = is_indexed || !is_full;
                 state.note_failure("write", &error);
                 return None;
             }
-            state.refill_failed = false;
+            state.failing = false;
             state.note_success();
             state.fill(slot, self.hash, Held::Checked);
             state.slots[slot as usize].indexed = true;
@@ -525,7 +526,7 @@ impl State {
         {
             return Some(slot);
         }
-        if self.refill_failed
+        if self.failing
             && let Some(slot) = self.failed.pop_front()
         {
             return Some(slot);

@@ -13,8 +13,8 @@
 //! | 16 | 16 | first half of the BLAKE3 hash of bytes 0 to 15 |
 //! | 32 + 16 n | 16 | hash of what slot n may hold; zeros, or the end of the file: nothing |
 //!
-//! The header comes first and never changes while the file lives, so that an entry is one small write, which needs no order: all of
-//! it is hints.
+//! The header comes first and never changes while the file lives, so that an entry is one small write. No write needs an
+//! order: all of it is hints.
 
 use super::CacheConfig;
 use crate::disk::{Disk, DiskFile, DiskPath, Lock};

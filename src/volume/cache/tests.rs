@@ -3,10 +3,12 @@
 use super::*;
 use crate::disk::real::{RealDisk, RealDiskConfig};
 use crate::disk::{DiskPath, Lock};
+use futures::future::BoxFuture;
 use proptest::prelude::*;
 use std::collections::HashSet;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::AtomicBool;
 
 fn disk(state: &Path) -> Arc<dyn Disk> {
     let runtime_dir = Some(state.to_owned());
@@ -237,6 +239,77 @@ async fn a_full_disk_is_only_misses_and_what_is_kept_can_still_be_replaced() {
         keep(&cache, number).await;
     }
     assert_eq!(cache.stats().used, cache.stats().slots, "it grows again with the space");
+}
+
+/// The real file, but for errors of write-back, which no file system gives on request.
+struct BadDisk {
+    file: Arc<dyn DiskFile>,
+    is_bad: Arc<AtomicBool>,
+}
+
+impl DiskFile for BadDisk {
+    fn try_read_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<usize> {
+        self.file.try_read_at(buf, offset_bytes)
+    }
+    fn try_write_at(&self, buf: &[u8], offset_bytes: u64) -> io::Result<usize> {
+        self.file.try_write_at(buf, offset_bytes)
+    }
+    fn read_at(&self, offset_bytes: u64, len: usize) -> BoxFuture<'static, io::Result<Bytes>> {
+        self.file.read_at(offset_bytes, len)
+    }
+    fn write_at(&self, data: Bytes, offset_bytes: u64) -> BoxFuture<'static, io::Result<()>> {
+        self.file.write_at(data, offset_bytes)
+    }
+    fn sync_data(&self) -> BoxFuture<'static, io::Result<()>> {
+        self.file.sync_data()
+    }
+    fn check_write_back(&self) -> BoxFuture<'static, io::Result<()>> {
+        let (checked, is_bad) = (self.file.check_write_back(), self.is_bad.clone());
+        Box::pin(async move {
+            checked.await?;
+            // Told once, to whoever asks first.
+            if is_bad.swap(false, Ordering::Relaxed) { Err(io::Error::other("bad disk")) } else { Ok(()) }
+        })
+    }
+    fn data_stretches(&self, from_bytes: u64, max: usize) -> BoxFuture<'static, io::Result<Vec<(u64, u64)>>> {
+        self.file.data_stretches(from_bytes, max)
+    }
+    fn inode(&self) -> u64 {
+        self.file.inode()
+    }
+    fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
+        self.file.raw_fd()
+    }
+}
+
+#[tokio::test]
+async fn an_error_of_write_back_fails_every_insert_that_it_may_be_about_and_nothing_older() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cache = open(dir.path(), 64).await;
+    keep(&cache, 0).await.unwrap();
+    let is_bad = Arc::new(AtomicBool::new(false));
+    let inner = Arc::get_mut(&mut cache).unwrap();
+    inner.blocks = Arc::new(BadDisk { file: inner.blocks.clone(), is_bad: is_bad.clone() });
+    let turn = cache.check_turn.lock().await;
+    let inserts = (1..20).map(|number| {
+        let cache = cache.clone();
+        tokio::spawn(async move { keep(&cache, number).await })
+    });
+    let inserts: Vec<_> = inserts.collect();
+    // All are written, none is looked after.
+    while cache.state.lock().checks.written < 20 {
+        tokio::task::yield_now().await;
+    }
+    assert!((1..20).all(|number| cache.get(&block(number).0).is_none()), "not before the look");
+    is_bad.store(true, Ordering::Relaxed);
+    drop(turn);
+    for insert in inserts {
+        assert!(insert.await.unwrap().is_none());
+    }
+    assert!((1..20).all(|number| cache.get(&block(number).0).is_none()));
+    assert_eq!(content_of(&cache.get(&block(0).0).unwrap()).await, block(0).1);
+    assert!(keep(&cache, 1).await.is_some());
+    assert_eq!((cache.stats().failures, cache.stats().used), (19, 2));
 }
 
 #[derive(Clone, Debug)]
