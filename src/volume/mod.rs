@@ -5,3 +5,4 @@ pub mod ids;
 pub mod map;
 pub mod pack;
 pub mod segment;
+pub mod source;
