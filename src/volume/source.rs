@@ -193,7 +193,7 @@ enum Kind {
 
 impl Kind {
     fn of(head: &[u8]) -> Self {
-        let known: [(&[u8], Self); 8] = [
+        let known: [(&[u8], Self); 9] = [
             (&[0x1f, 0x8b, 0x08], Self::Gzip),
             (b"\xfd7zXZ\0", Self::Xz),
             (&[0x28, 0xb5, 0x2f, 0xfd], Self::Zstd),
@@ -201,6 +201,7 @@ impl Kind {
             (b"KDMV", Self::Foreign("VMDK")),
             (b"vhdxfile", Self::Foreign("VHDX")),
             (b"<<< Orac", Self::Foreign("VDI")),
+            (b"<<< QEMU", Self::Foreign("VDI")),
             (b"BZh", Self::Foreign("bzip2")),
         ];
         known.iter().find(|(magic, _)| head.starts_with(magic)).map_or(Self::Raw, |(_, kind)| *kind)
