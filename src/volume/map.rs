@@ -734,6 +734,19 @@ mod tests {
         assert_eq!(uses.iter().map(|pack| pack.data_bytes).collect::<Vec<_>>(), [40, 16]);
     }
 
+    fn refuses_all_changes(good: &[u8], is_refused: impl Fn(&[u8]) -> bool) {
+        for len in 0..good.len() {
+            assert!(is_refused(&good[..len]));
+        }
+        for at in 0..good.len() {
+            for flip in [1, 0x80, 0xff] {
+                let mut bad = good.to_vec();
+                bad[at] ^= flip;
+                assert!(is_refused(&bad), "byte {at} changed");
+            }
+        }
+    }
+
     #[test]
     fn every_truncation_and_every_changed_byte_of_a_map_or_segment_is_refused() {
         let world = folded_world();
@@ -743,30 +756,16 @@ mod tests {
         let end = start + usize::try_from(segment_ref.stored_bytes).unwrap();
         let segment = world.objects[&segment_ref.object].slice(start..end);
 
-        let map_is_refused = |bytes: &[u8]| {
+        refuses_all_changes(&map, |bytes| {
             let object_bytes = u64::try_from(bytes.len()).unwrap();
             let fits = MapRef { object_bytes, hash: ObjectHash::of(bytes), ..map_ref };
             Map::decode(bytes, &map_ref).is_err() && Map::decode(bytes, &fits).is_err()
-        };
-        let segment_is_refused = |bytes: &[u8]| {
+        });
+        refuses_all_changes(&segment, |bytes| {
             let stored_bytes = u32::try_from(bytes.len()).unwrap();
             let fits = SegmentRef { stored_bytes, hash: ObjectHash::of(bytes), ..segment_ref };
             Segment::decode(bytes, 1, &segment_ref).is_err() && Segment::decode(bytes, 1, &fits).is_err()
-        };
-        let refused: [(&Bytes, &dyn Fn(&[u8]) -> bool); 2] =
-            [(&map, &map_is_refused), (&segment, &segment_is_refused)];
-        for (good, is_refused) in refused {
-            for len in 0..good.len() {
-                assert!(is_refused(&good[..len]));
-            }
-            for at in 0..good.len() {
-                for flip in [1, 0x80, 0xff] {
-                    let mut bad = good.to_vec();
-                    bad[at] ^= flip;
-                    assert!(is_refused(&bad), "byte {at} changed");
-                }
-            }
-        }
+        });
         assert!(
             Segment::decode(&segment, 0, &segment_ref).is_err(),
             "another segment than the one asked for"

@@ -71,7 +71,7 @@ fn id(sequence: u64) -> ObjectId {
 }
 
 /// The bytes of a block in its pack.
-fn stored<'a>(object: &'a [u8], offset: u32, len: u32) -> &'a [u8] {
+fn stored(object: &[u8], offset: u32, len: u32) -> &[u8] {
     let start = usize::try_from(offset).unwrap();
     &object[start..start + usize::try_from(len).unwrap()]
 }

@@ -34,14 +34,14 @@ pub fn all() -> Vec<Target> {
             name: "segment",
             seeds: golden::segments().into_iter().map(|(_, _, bytes)| bytes).collect(),
             heap_bytes_max: |len| 4 * len + 4096,
-            fix: seal,
+            fix: |input| seal(input),
             decode: segment,
         },
         Target {
             name: "map",
             seeds: vec![golden::MAP.to_vec()],
             heap_bytes_max: |len| 8 * len + 4096,
-            fix: seal,
+            fix: |input| seal(input),
             decode: map,
         },
         Target {
@@ -72,7 +72,7 @@ pub fn all() -> Vec<Target> {
     ]
 }
 
-fn seal(input: &mut Vec<u8>) {
+fn seal(input: &mut [u8]) {
     if let Some(end) = input.len().checked_sub(CHECKSUM_BYTES) {
         let sum = ObjectHash::of(&input[..end]);
         input[end..].copy_from_slice(&sum.0[..CHECKSUM_BYTES]);

@@ -353,7 +353,7 @@ async fn a_source_that_is_dropped_lets_go_of_its_stream() {
     struct Flag(Option<tokio::sync::oneshot::Sender<()>>);
     impl Drop for Flag {
         fn drop(&mut self) {
-            drop(self.0.take().map(|sender| sender.send(())));
+            self.0.take().unwrap().send(()).unwrap();
         }
     }
     let (sender, dropped) = tokio::sync::oneshot::channel();
