@@ -104,31 +104,39 @@ impl Run {
         let world = World::new(seed, profile, show);
         let oracle = Arc::new(Mutex::new(Oracle::new(SECTORS)));
         let foreign = Arc::new(Mutex::new(false));
-        let (judge, stolen) = (oracle.clone(), foreign.clone());
+        let (judge, stolen, noting) = (oracle.clone(), foreign.clone(), world.clone());
         let on_head = Arc::new(move |objects: &Objects, head: &Head| {
             let mut oracle = judge.lock();
             let ours = head.owner.as_ref().is_none_or(|owner| owner.node == NodeId([2; 16]));
             let mut stolen = stolen.lock();
+            let given_back = head.owner.is_none()
+                && head.history.last().and_then(|record| record.ended) == Some(TermEnd::Taken);
             if !ours {
                 *stolen = true;
-            } else if *stolen && head.owner.is_some() && head.term <= 1_000 {
-                oracle.fail(format!("P5: a head of term {} landed after the volume was taken over", head.term));
+            } else if given_back {
+                *stolen = false;
+            } else if *stolen {
+                oracle
+                    .fail(format!("P5: a head of term {} landed after the volume was taken over", head.term));
             }
+            noting.note(&format!("head of term {} lands, commit {:?}", head.term, head.last_epoch()));
             match objects.content(head.map.as_ref(), head.size_bytes) {
                 Err(error) => oracle.fail(format!("P4: head cannot be read: {error}")),
                 Ok(content) => oracle.check_moment("P4: head", &numbers(&content), 0),
             }
         });
         let judge = oracle.clone();
-        let on_snapshot = Arc::new(
-            move |objects: &Objects, snapshot: &blockhouse::volume::head::SnapshotObject| {
+        let on_snapshot =
+            Arc::new(move |objects: &Objects, snapshot: &blockhouse::volume::head::SnapshotObject| {
                 let mut oracle = judge.lock();
                 let head = objects.head(NAME).expect("a snapshot has a volume");
                 if head.next_snapshot <= snapshot.number || head.map != snapshot.map {
-                    oracle.fail(format!("G12: snapshot {} stands and the head does not know it", snapshot.number));
+                    oracle.fail(format!(
+                        "G12: snapshot {} stands and the head does not know it",
+                        snapshot.number
+                    ));
                 }
-            },
-        );
+            });
         let store = SimStore {
             world: world.clone(),
             objects: Arc::new(Mutex::new(Objects::default())),
@@ -473,7 +481,8 @@ fn run_world(seed: u64, show: bool) -> Outcome {
             .build()
             .expect("a runtime");
         let serving = runtime.block_on(async {
-            let life = tokio::time::timeout(Duration::from_secs(3600), live(&run, before, stats.clone(), last));
+            let life =
+                tokio::time::timeout(Duration::from_secs(3600), live(&run, before, stats.clone(), last));
             tokio::select! {
                 biased;
                 () = run.world.kill.notified() => true,
@@ -496,6 +505,7 @@ fn run_world(seed: u64, show: bool) -> Outcome {
         let worst = if seen { Before::Kill } else { before };
         before = if run.world.chance(50) {
             run.world.lose_power();
+            run.oracle.lock().blind = true;
             worst.max(Before::PowerLoss)
         } else {
             run.world.end_process();
@@ -505,6 +515,7 @@ fn run_world(seed: u64, show: bool) -> Outcome {
             run.store.land_some(100);
             steal(&run, None);
             before = Before::Foreign;
+            run.oracle.lock().blind = true;
         }
         run.world.note(&format!("{before:?}"));
     }
