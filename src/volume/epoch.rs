@@ -534,6 +534,10 @@ impl Epoch {
     /// See [`FlushError`].
     pub async fn flush(&self) -> Result<(), FlushError> {
         let _turn = self.error_turn.lock().await;
+        // Whoever waited for a sync that failed must not sync again: the next one would succeed.
+        if self.has_failed() {
+            return Err(FlushError::Failed(io::Error::other("a sync of it failed before")));
+        }
         let written = self.written.load(Ordering::SeqCst);
         if written == self.synced.load(Ordering::SeqCst) {
             return Ok(());
