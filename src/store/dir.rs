@@ -32,7 +32,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use files::{Effect, Fault, Files, Missing};
 use listing::Listing;
-use protocol::{Nonce, Outcome};
+use protocol::Outcome;
 use reserve::Reserve;
 use rustix::fd::AsFd;
 use rustix::fs::{AtFlags, Mode, OFlags};
@@ -198,19 +198,13 @@ impl Shared {
         let (start, len) = place(range, object_bytes)?;
         let bytes = Bytes::from(files::read_at(&file, start, len)?);
         if matches!(range, GetRange::Whole { .. }) {
-            self.sync_fixed(key)?;
+            // Also the folders above, which whoever made them may not have lived to sync.
+            self.files.folder(&segments, Missing::Make)?;
+            self.files.sync_key(folder.as_fd(), key, files::token_of(&stat))?;
         }
         let etag =
             ETag(format!("{:x}-{:x}-{:x}-{object_bytes:x}", stat.st_ino, stat.st_mtime, stat.st_mtime_nsec));
         Ok(Some(Object { bytes, object_bytes, etag }))
-    }
-
-    /// Makes a fixed object's name durable, with the folders above it.
-    fn sync_fixed(&self, key: &Key) -> Result<(), Fault> {
-        match self.files.folder(&split(key).0, Missing::Make)? {
-            Some(folder) => self.files.sync_key(folder.as_fd(), key, Nonce::VERSION_ZERO),
-            None => Ok(()),
-        }
     }
 
     fn put_new(&self, key: &Key, bytes: &[u8]) -> Result<(), StoreError> {
@@ -228,14 +222,14 @@ impl Shared {
             Err(Errno::EXIST) => {
                 if !temp.is_at(folder.as_fd(), name).map_err(perhaps_done)? {
                     // The caller may act on there being one, and whoever made it may not have lived to sync it.
-                    self.sync_fixed(key).map_err(nothing_done)?;
+                    rustix::fs::fsync(&folder).map_err(|errno| nothing_done(errno.into()))?;
                     return Err(StoreError::Conflict(key.clone()));
                 }
             }
             Err(errno) if files::link_is_undone(errno) => return Err(nothing_done(errno.into())),
             Err(errno) => return Err(perhaps_done(errno.into())),
         }
-        self.files.sync_key(folder.as_fd(), key, Nonce::VERSION_ZERO).map_err(perhaps_done)
+        rustix::fs::fsync(&folder).map_err(|errno| perhaps_done(errno.into()))
     }
 
     fn delete(&self, key: &Key) -> Result<(), StoreError> {
@@ -244,7 +238,6 @@ impl Shared {
         let Some(folder) = self.files.folder(&segments, Missing::Leave).map_err(failed)? else {
             return Ok(());
         };
-        self.files.forget_key(key);
         match rustix::fs::unlinkat(&folder, name, AtFlags::empty()) {
             // A folder of longer keys may have the name; then no object has.
             Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => {}

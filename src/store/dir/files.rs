@@ -12,8 +12,6 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 use std::collections::{HashMap, HashSet};
 
-use super::protocol::Nonce;
-
 /// Where files are written before they get their name. No key begins with a dot, so it is in no listing.
 pub const TEMP_FOLDER: &str = ".tmp";
 /// What a process left in [`TEMP_FOLDER`] is removed at this age.
@@ -108,12 +106,15 @@ pub struct Files {
     durable: Mutex<Durable>,
 }
 
+/// Tells the states of one key apart: a version's nonce, or a fixed object's inode and time.
+pub type StateToken = [u8; 16];
+
 #[derive(Default)]
 struct Durable {
     /// Folders whose names survive power loss, with those above them.
     folders: HashSet<String>,
-    /// Keys whose names do; for swapped ones as of this version.
-    keys: HashMap<String, Nonce>,
+    /// Keys whose names do, as of this state of theirs.
+    keys: HashMap<String, StateToken>,
 }
 
 /// A complete, synced file without a name of its own yet; goes when dropped.
@@ -218,9 +219,9 @@ impl Files {
         Ok(())
     }
 
-    /// Syncs the folder that holds the key's name, unless the name, as of this version, is known to be durable.
-    pub fn sync_key(&self, folder: BorrowedFd<'_>, key: &Key, version: Nonce) -> Result<(), Fault> {
-        if self.durable.lock().keys.get(key.as_str()) == Some(&version) {
+    /// Syncs the folder that holds the key's name, unless the name, as of this state, is known to be durable.
+    pub fn sync_key(&self, folder: BorrowedFd<'_>, key: &Key, state: StateToken) -> Result<(), Fault> {
+        if self.durable.lock().keys.get(key.as_str()) == Some(&state) {
             return Ok(());
         }
         rustix::fs::fsync(folder)?;
@@ -228,13 +229,8 @@ impl Files {
         if durable.keys.len() >= DURABLE_NAMES_MAX {
             durable.keys.clear();
         }
-        durable.keys.insert(key.as_str().to_owned(), version);
+        durable.keys.insert(key.as_str().to_owned(), state);
         Ok(())
-    }
-
-    /// Forgets what was known of a key that is being deleted.
-    pub fn forget_key(&self, key: &Key) {
-        self.durable.lock().keys.remove(key.as_str());
     }
 
     /// Writes and syncs a file of these parts.
@@ -335,7 +331,13 @@ pub fn open_folder(parent: BorrowedFd<'_>, name: &str) -> Result<Option<OwnedFd>
     match rustix::fs::openat(parent, name, OPEN_FOLDER, Mode::empty()) {
         Ok(folder) => Ok(Some(folder)),
         Err(Errno::NOENT) => Ok(None),
-        Err(Errno::NOTDIR | Errno::LOOP) => Err(Fault::Invalid(format!("{name} is not a folder"))),
+        Err(Errno::NOTDIR | Errno::LOOP) => {
+            // An object has the name: then there are no keys below it.
+            match rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) if is(&stat, FileType::RegularFile) => Ok(None),
+                _ => Err(Fault::Invalid(format!("{name} is not a folder"))),
+            }
+        }
         Err(errno) => Err(errno.into()),
     }
 }
@@ -389,6 +391,18 @@ pub fn modified_unix_ms(stat: &Stat) -> u64 {
     seconds.saturating_mul(1000).saturating_add(stat.st_mtime_nsec / 1_000_000)
 }
 
+/// What tells a fixed object from another that once had its name.
+pub fn token_of(stat: &Stat) -> StateToken {
+    let mut token = [0; 16];
+    token[..8].copy_from_slice(&stat.st_ino.to_le_bytes());
+    let time_ns = stat.st_mtime.wrapping_mul(1_000_000_000).to_le_bytes();
+    let nsec = stat.st_mtime_nsec.to_le_bytes();
+    for (at, byte) in token[8..].iter_mut().enumerate() {
+        *byte = time_ns.get(at).unwrap_or(&0) ^ nsec.get(at).unwrap_or(&0);
+    }
+    token
+}
+
 /// Whether it is of that type.
 pub fn is(stat: &Stat, file_type: FileType) -> bool {
     FileType::from_raw_mode(stat.st_mode) == file_type
@@ -414,4 +428,40 @@ pub fn for_each_name(folder: BorrowedFd<'_>, mut seen: impl FnMut(&str, FileType
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a network file system answers that repeated the request after its first answer was lost.
+    #[test]
+    fn g27_a_taken_name_is_known_to_be_ones_own() {
+        let above = tempfile::tempdir().unwrap();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let files = Files::open(rustix::fs::open(above.path(), flags, Mode::empty()).unwrap()).unwrap();
+        let (mine, other) = (files.write_temp(&[b"same"]).unwrap(), files.write_temp(&[b"same"]).unwrap());
+        mine.link(files.root.as_fd(), "name").unwrap();
+        assert_eq!(mine.link(files.root.as_fd(), "name"), Err(Errno::EXIST));
+        assert!(mine.is_at(files.root.as_fd(), "name").unwrap());
+        assert!(!other.is_at(files.root.as_fd(), "name").unwrap(), "the same bytes are not the same file");
+        assert!(!mine.is_at(files.root.as_fd(), "gone").unwrap());
+    }
+
+    #[test]
+    fn an_error_says_whether_the_change_may_have_been_made() {
+        let key = Key::new("packs/a").unwrap();
+        let of = |errno, effect| Fault::Os(errno).of(&key, effect);
+        for errno in [Errno::NOSPC, Errno::DQUOT] {
+            assert!(matches!(of(errno, Effect::None), StoreError::NoSpace(_)));
+            assert!(matches!(of(errno, Effect::Perhaps), StoreError::Unclear { .. }));
+        }
+        for errno in [Errno::IO, Errno::STALE, Errno::TIMEDOUT, Errno::MFILE, Errno::ROFS] {
+            assert!(matches!(of(errno, Effect::None), StoreError::Unavailable { .. }));
+            assert!(matches!(of(errno, Effect::Perhaps), StoreError::Unclear { .. }));
+        }
+        assert!(
+            !link_is_undone(Errno::IO) && !link_is_undone(Errno::STALE) && !link_is_undone(Errno::TIMEDOUT)
+        );
+    }
 }

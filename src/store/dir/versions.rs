@@ -269,7 +269,7 @@ impl Folder for Versions<'_> {
     fn sync(&mut self) -> Result<(), Fault> {
         let read = self.current.as_ref().map(|current| current.version.nonce);
         let nonce = self.linked.as_ref().map(|(_, nonce, _)| *nonce).or(read);
-        self.files.sync_key(self.folder()?.as_fd(), self.key, nonce.unwrap_or(Nonce::VERSION_ZERO))?;
+        self.files.sync_key(self.folder()?.as_fd(), self.key, nonce.unwrap_or(Nonce::VERSION_ZERO).0)?;
         let (segments, name) = split(self.key);
         if let Some(parent) = &self.parent {
             // A writer that died may have left any of the names above unsynced.
@@ -361,6 +361,7 @@ pub fn tidy(versions: &mut Versions<'_>, won: u64) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::protocol::{Outcome, swap};
     use super::*;
 
     #[test]
@@ -370,6 +371,67 @@ mod tests {
         assert_eq!((&header[8..24], &header[24..]), (&[0xab; 16][..], &[1; 16][..]));
         assert_eq!(parse_header(&header), Some((Nonce([0xab; 16]), Nonce([1; 16]))));
         assert_eq!(parse_header(&header[..39]), None);
+    }
+
+    /// A network that repeats `link` after a lost answer: the second one is refused for the first.
+    struct Repeats<'a>(Versions<'a>);
+
+    impl Folder for Repeats<'_> {
+        type Stop = Fault;
+
+        fn highest(&mut self) -> Result<Highest, Fault> {
+            self.0.highest()
+        }
+        fn open(&mut self, number: u64) -> Result<Option<Version>, Fault> {
+            self.0.open(number)
+        }
+        fn nonce_of(&mut self, number: u64) -> Result<Option<Nonce>, Fault> {
+            self.0.nonce_of(number)
+        }
+        fn is_expected(&mut self, found: Option<&Version>) -> bool {
+            self.0.is_expected(found)
+        }
+        fn create(&mut self) -> Result<(), Fault> {
+            self.0.create()?;
+            self.0.create()
+        }
+        fn link(&mut self, number: u64, below: Nonce) -> Result<LinkAnswer, Fault> {
+            assert_eq!(self.0.link(number, below)?, LinkAnswer::Linked);
+            Ok(LinkAnswer::Exists)
+        }
+        fn is_mine(&mut self, number: u64) -> Result<bool, Fault> {
+            self.0.is_mine(number)
+        }
+        fn sync(&mut self) -> Result<(), Fault> {
+            self.0.sync()
+        }
+        fn numbers_up_to(&mut self, last: u64) -> Result<Vec<u64>, Fault> {
+            self.0.numbers_up_to(last)
+        }
+        fn unlink(&mut self, number: u64) -> Result<(), Fault> {
+            self.0.unlink(number)
+        }
+    }
+
+    #[test]
+    fn g27_a_swap_refused_for_its_own_link_has_won() {
+        let above = tempfile::tempdir().unwrap();
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
+        let root = rustix::fs::open(above.path(), flags, rustix::fs::Mode::empty()).unwrap();
+        let files = Files::open(root).unwrap();
+        let key = Key::new("volumes/vm-7").unwrap();
+        let mut expect = Expect::Absent;
+        for number in 1..4 {
+            let change = Change { expect, content: b"x" };
+            let mut folder = Repeats(Versions::to_change(&files, &key, change));
+            let won = loop {
+                if let Attempt::Done(outcome) = swap(&mut folder).unwrap() {
+                    break outcome;
+                }
+            };
+            assert_eq!(won, Outcome::Won(number));
+            expect = Expect::State(folder.0.linked_etag().unwrap());
+        }
     }
 
     #[test]
