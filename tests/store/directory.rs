@@ -425,6 +425,9 @@ async fn l11_on_a_full_disk_heads_still_swap_and_deletes_make_room() {
     for n in 0..200 {
         etag = store.swap(&at, Expect::State(etag), Bytes::from(vec![b'x'; 4096 + n])).await.unwrap();
     }
+    store.put_new(&key("trash/vm-7"), body("what is deleted")).await.unwrap();
+    let refused = store.put_new(&key("packs/more"), Bytes::from(vec![1; 4 << 20])).await;
+    assert!(matches!(refused, Err(StoreError::NoSpace(_))));
     assert!(names_in(&pool.join(".tmp")).is_empty(), "what failed leaves nothing behind");
     store.swap_delete(&at, etag).await.unwrap();
     for n in 0..packs {
