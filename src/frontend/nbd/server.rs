@@ -232,7 +232,10 @@ async fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, UnixSock
             Err(error) => return Err(error),
         },
         Ok(_) => {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something else than a socket is there"));
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "something else than a socket is there",
+            ));
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
