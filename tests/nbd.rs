@@ -157,7 +157,8 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Client<S> {
 
     async fn bytes(&mut self, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.stream.read_exact(&mut bytes).await.unwrap();
+        let read = self.stream.read_exact(&mut bytes);
+        tokio::time::timeout(Duration::from_secs(60), read).await.expect("the server hangs").unwrap();
         bytes
     }
 
@@ -389,6 +390,7 @@ async fn fio_verifies_what_it_wrote_over_several_connections() {
             "--iodepth=32",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--numjobs=2",
             "--offset_increment=32m",
             "--fsync=64",
