@@ -103,7 +103,11 @@ impl Default for NbdConfig {
 
 impl Default for HttpConfig {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:8420".to_owned(), socket: "state/control.sock".into(), allowed_hosts: Vec::new() }
+        Self {
+            listen: "127.0.0.1:8420".to_owned(),
+            socket: "state/control.sock".into(),
+            allowed_hosts: Vec::new(),
+        }
     }
 }
 
@@ -164,12 +168,8 @@ impl Loaded {
     /// The settings with all paths resolved.
     pub fn resolved(&self) -> Config {
         let mut config = self.written.clone();
-        let paths = [
-            &mut config.pool.dir,
-            &mut config.state.dir,
-            &mut config.nbd.socket,
-            &mut config.http.socket,
-        ];
+        let paths =
+            [&mut config.pool.dir, &mut config.state.dir, &mut config.nbd.socket, &mut config.http.socket];
         for path in paths.into_iter().chain(&mut config.state.runtime_dir) {
             *path = self.data_dir.join(&path);
         }
@@ -201,7 +201,8 @@ fn read_limited(path: &Path) -> std::io::Result<String> {
 
 fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
     let wrong = |message: String| ConfigError::Wrong { path: path.to_owned(), message };
-    let config: Config = toml::from_str(text).map_err(|error| wrong(error.to_string().trim_end().to_owned()))?;
+    let config: Config =
+        toml::from_str(text).map_err(|error| wrong(error.to_string().trim_end().to_owned()))?;
     config.check().map_err(wrong)?;
     Ok(config)
 }
@@ -320,7 +321,11 @@ mod tests {
             pool: PoolConfig { dir: "/srv/a \"pool\"".into() },
             state: StateConfig { dir: "s".into(), runtime_dir: Some("/run/blockhouse".into()) },
             nbd: NbdConfig { listen: vec!["[::1]:1".into(), "0.0.0.0:2".into()], socket: "n".into() },
-            http: HttpConfig { listen: "[::]:3".into(), socket: "h".into(), allowed_hosts: vec!["a.b".into()] },
+            http: HttpConfig {
+                listen: "[::]:3".into(),
+                socket: "h".into(),
+                allowed_hosts: vec!["a.b".into()],
+            },
             cache: CacheConfig { size: Size(513) },
             commit: CommitConfig { dirty_bytes: Size(1 << 40), age_seconds: 11 },
             limits: LimitsConfig { http_connections: 1, nbd_connections: 2 },

@@ -1,4 +1,6 @@
 //! The web page.
 use super::api::Api;
 use axum::Router;
-pub fn routes() -> Router<Api> { Router::new() }
+pub fn routes() -> Router<Api> {
+    Router::new()
+}

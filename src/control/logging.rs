@@ -69,7 +69,8 @@ struct Pairs<'a>(&'a mut String);
 impl<'kvs> VisitSource<'kvs> for Pairs<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), log::kv::Error> {
         let value = value.to_string();
-        let quoted = value.is_empty() || value.contains(|c: char| c.is_whitespace() || c.is_control() || c == '"');
+        let quoted =
+            value.is_empty() || value.contains(|c: char| c.is_whitespace() || c.is_control() || c == '"');
         if quoted { write!(self.0, " {key}={value:?}") } else { write!(self.0, " {key}={value}") }
             .map_err(|_| log::kv::Error::msg("failed to write"))
     }

@@ -6,6 +6,7 @@
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod connect;
 pub mod dashboard;
 pub mod logging;
 pub mod serve;

@@ -21,7 +21,9 @@ pub enum SizeError {
     Empty,
     #[error("\"{0}\" is no size: it does not begin with a number; write it like 40G, 1.5TiB or 512")]
     NoNumber(String),
-    #[error("\"{text}\" is no size: \"{unit}\" is no unit; use K, M, G, T, P, E (1024), KiB, …, or KB, … (1000)")]
+    #[error(
+        "\"{text}\" is no size: \"{unit}\" is no unit; use K, M, G, T, P, E (1024), KiB, …, or KB, … (1000)"
+    )]
     UnknownUnit { text: String, unit: String },
     #[error("\"{0}\" is not a whole number of bytes")]
     NotWhole(String),

@@ -195,7 +195,8 @@ mod tests {
     #[test]
     fn tables_align_and_show_no_control_characters() {
         let header = [("NAME", Align::Left), ("SIZE", Align::Right)];
-        let rows = vec![vec!["a".to_owned(), "1".to_owned()], vec!["\x1b[2Jlonger".to_owned(), "100".to_owned()]];
+        let rows =
+            vec![vec!["a".to_owned(), "1".to_owned()], vec!["\x1b[2Jlonger".to_owned(), "100".to_owned()]];
         assert_eq!(
             table(&header, &rows, Paint::Plain),
             "NAME        SIZE\na              1\n\u{fffd}[2Jlonger   100\n"

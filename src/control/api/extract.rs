@@ -28,7 +28,11 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
         let body = tokio::time::timeout(JSON_TIME_MAX, Bytes::from_request(request, state))
             .await
             .map_err(|_| {
-                Problem::new(StatusCode::REQUEST_TIMEOUT, Refusal::Invalid, "the body took too long to arrive")
+                Problem::new(
+                    StatusCode::REQUEST_TIMEOUT,
+                    Refusal::Invalid,
+                    "the body took too long to arrive",
+                )
             })?
             .map_err(|rejection| match rejection.status() {
                 StatusCode::PAYLOAD_TOO_LARGE => Problem::new(

@@ -49,12 +49,7 @@ pub async fn guard(State(allowed): State<AllowedHosts>, request: Request, next: 
     }
 }
 
-fn check(
-    allowed: &AllowedHosts,
-    method: &Method,
-    uri: &Uri,
-    headers: &HeaderMap,
-) -> Result<(), Problem> {
+fn check(allowed: &AllowedHosts, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Problem> {
     let refuse = |detail: String| Problem::new(StatusCode::FORBIDDEN, Refusal::Invalid, detail);
     let host = match (uri.authority(), headers.get(header::HOST)) {
         (Some(authority), _) => authority.as_str(),
@@ -70,7 +65,9 @@ fn check(
     }
     match headers.get(header::ORIGIN).map(|origin| origin.to_str().unwrap_or("")) {
         None => Ok(()),
-        Some(origin) if origin.split_once("://").is_some_and(|(_, from)| from.eq_ignore_ascii_case(host)) => Ok(()),
+        Some(origin) if origin.split_once("://").is_some_and(|(_, from)| from.eq_ignore_ascii_case(host)) => {
+            Ok(())
+        }
         Some(origin) => Err(refuse(format!("a page of \"{origin}\" may not change anything here"))),
     }
 }
@@ -92,10 +89,14 @@ mod tests {
 
     #[test]
     fn a_foreign_name_pointed_at_this_host_is_refused() {
-        for host in ["127.0.0.1:8420", "[::1]:8420", "[::1]", "localhost", "LOCALHOST:1", "store.example:8420"] {
+        for host in
+            ["127.0.0.1:8420", "[::1]:8420", "[::1]", "localhost", "LOCALHOST:1", "store.example:8420"]
+        {
             assert!(allowed(Method::GET, host, None), "{host}");
         }
-        for host in ["evil.example:8420", "", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x", ":1"] {
+        for host in
+            ["evil.example:8420", "", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x", ":1"]
+        {
             assert!(!allowed(Method::GET, host, None), "{host}");
         }
     }
@@ -106,7 +107,9 @@ mod tests {
         assert!(allowed(Method::PUT, host, None));
         assert!(allowed(Method::PUT, host, Some("http://localhost:8420")));
         assert!(allowed(Method::GET, host, Some("http://evil.example")));
-        for origin in ["http://evil.example", "null", "", "http://localhost:80", "http://localhost:8420.evil.example"] {
+        for origin in
+            ["http://evil.example", "null", "", "http://localhost:80", "http://localhost:8420.evil.example"]
+        {
             assert!(!allowed(Method::PUT, host, Some(origin)), "{origin}");
             assert!(!allowed(Method::DELETE, host, Some(origin)), "{origin}");
         }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -88,20 +88,22 @@ impl Endpoint {
     /// The address or path that is listened on.
     pub fn address(&self) -> String {
         match self {
-            Self::Tcp(listener) => listener.local_addr().map(|address| address.to_string()).unwrap_or_default(),
+            Self::Tcp(listener) => {
+                listener.local_addr().map(|address| address.to_string()).unwrap_or_default()
+            }
             Self::Unix(_, file) => file.path.display().to_string(),
         }
     }
 }
 
 fn bind_unix(path: &Path) -> Result<(std::os::unix::net::UnixListener, SocketFile), BindError> {
-    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::net;
     let failed = |source| BindError::Unix { path: path.to_owned(), source };
     if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
     }
     match fs::symlink_metadata(path) {
-        Ok(meta) if meta.file_type().is_socket() => match UnixStream::connect(path) {
+        Ok(meta) if meta.file_type().is_socket() => match net::UnixStream::connect(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Ok(_) => return Err(BindError::InUse { path: path.to_owned() }),
@@ -113,7 +115,7 @@ fn bind_unix(path: &Path) -> Result<(std::os::unix::net::UnixListener, SocketFil
     }
     // Under another name until its mode is set: nobody else can connect in between. The rename takes a stale one's place.
     let hidden = path.with_file_name(format!(".{:08x}", rand::random::<u32>()));
-    let listener = UnixListener::bind(&hidden).map_err(failed)?;
+    let listener = net::UnixListener::bind(&hidden).map_err(failed)?;
     let named = || {
         fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
@@ -143,7 +145,8 @@ pub struct Server {
 impl Server {
     /// `connections_max` is for each endpoint: those who crowd one do not lock out the other.
     pub fn new(connections_max: u32, shutdown: CancellationToken) -> Self {
-        let connections_max = usize::try_from(connections_max).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        let connections_max =
+            usize::try_from(connections_max).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         Self { connections_max, shutdown, tasks: TaskTracker::new() }
     }
 
@@ -153,13 +156,9 @@ impl Server {
         let (shutdown, tasks) = (self.shutdown.clone(), self.tasks.clone());
         self.tasks.spawn(async move {
             match endpoint {
-                Endpoint::Tcp(listener) => {
-                    accept(async || listener.accept().await.map(|(stream, _)| stream), router, &slots, &shutdown, &tasks)
-                        .await;
-                }
+                Endpoint::Tcp(listener) => accept(listener, router, slots, shutdown, tasks).await,
                 Endpoint::Unix(listener, file) => {
-                    accept(async || listener.accept().await.map(|(stream, _)| stream), router, &slots, &shutdown, &tasks)
-                        .await;
+                    accept(listener, router, slots, shutdown, tasks).await;
                     drop(file);
                 }
             }
@@ -181,19 +180,41 @@ impl Server {
     }
 }
 
-async fn accept<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
-    next: impl AsyncFn() -> io::Result<I>,
+/// A listener of either kind.
+trait Listen: Send + Sync {
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Listen for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+impl Listen for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+async fn accept(
+    listener: impl Listen,
     router: Router,
-    slots: &Arc<Semaphore>,
-    shutdown: &CancellationToken,
-    tasks: &TaskTracker,
+    slots: Arc<Semaphore>,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
 ) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME_MAX);
     loop {
         let accepted = async {
-            let slot = Arc::clone(slots).acquire_owned().await.map_err(io::Error::other)?;
-            Ok::<_, io::Error>((slot, next().await?))
+            let slot = Arc::clone(&slots).acquire_owned().await.map_err(io::Error::other)?;
+            Ok::<_, io::Error>((slot, listener.next().await?))
         };
         let accepted = tokio::select! {
             biased;

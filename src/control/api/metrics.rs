@@ -53,7 +53,9 @@ const COUNTERS: &[(&str, &str, Option<Unit>, Number)] = &[
     ("volume_errors", "Operations that were answered with an error", None, |v| v.errors),
     ("volume_commits", "States put into the pool", None, |v| v.commits),
     ("volume_committed", "Bytes put into the pool", Some(Unit::Bytes), |v| v.committed_bytes),
-    ("volume_cold_loads", "Blocks read from the pool because a client waited for them", None, |v| v.cold_loads),
+    ("volume_cold_loads", "Blocks read from the pool because a client waited for them", None, |v| {
+        v.cold_loads
+    }),
 ];
 
 type Histogram = fn(&VolumeMetrics) -> &[u64];

@@ -55,7 +55,10 @@ impl Api {
 
     /// Routes for a listener that a browser reaches.
     pub fn guarded_router(self, allowed: AllowedHosts) -> Router {
-        routes().with_state(self).layer(from_fn_with_state(allowed, guard::guard)).layer(from_fn(problem::net))
+        routes()
+            .with_state(self)
+            .layer(from_fn_with_state(allowed, guard::guard))
+            .layer(from_fn(problem::net))
     }
 
     /// Runs `work` to its end even if nobody waits for it any more: a request that was half done when its client went
@@ -68,7 +71,10 @@ impl Api {
         let work = work(SharedService::clone(&self.service));
         self.tasks.spawn(work).await.unwrap_or_else(|error| {
             log::error!("work for a request did not end: {error}");
-            Err(ServiceError::new(Refusal::Internal, "the daemon failed in a way that it should not; its log says more"))
+            Err(ServiceError::new(
+                Refusal::Internal,
+                "the daemon failed in a way that it should not; its log says more",
+            ))
         })
     }
 }
@@ -115,7 +121,7 @@ fn routes() -> Router<Api> {
         })
 }
 
-fn list<T: Serialize>(answer: Result<T, ServiceError>) -> Answer {
+fn answer<T: Serialize>(result: Result<T, ServiceError>) -> Answer {
     Ok(Json(result?).into_response())
 }
 

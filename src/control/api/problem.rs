@@ -130,8 +130,7 @@ pub async fn net(request: Request, next: Next) -> Response {
         .into_response();
     };
     let status = response.status();
-    let is_problem =
-        response.headers().get(header::CONTENT_TYPE).is_some_and(|value| value == PROBLEM_JSON);
+    let is_problem = response.headers().get(header::CONTENT_TYPE).is_some_and(|value| value == PROBLEM_JSON);
     if !(status.is_client_error() || status.is_server_error()) || is_problem {
         return response;
     }
