@@ -40,15 +40,22 @@ pub async fn start_node(config: Config) -> anyhow::Result<RunningNode> {
 /// No thread could be started.
 pub fn runtime(workers: usize) -> io::Result<Runtime> {
     let started = AtomicUsize::new(0);
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers)
         .enable_all()
-        // One function names both kinds; the workers are started first, by the builder itself.
+        // One function names both kinds; the builder itself starts the threads that become workers.
         .thread_name_fn(move || match started.fetch_add(1, Ordering::Relaxed) {
             number if number < workers => format!("async-{number}"),
             number => format!("blocking-{}", number - workers),
         })
-        .build()
+        .build()?;
+    // Workers are blocking jobs themselves. Asked for another one before they run, a thread named `async-N` may take that
+    // instead, and one named `blocking-N` become a worker. A worker without work parks at once.
+    let metrics = runtime.metrics();
+    while (0..workers).any(|worker| metrics.worker_park_count(worker) == 0) {
+        std::thread::yield_now();
+    }
+    Ok(runtime)
 }
 
 /// Runs the daemon until SIGTERM or SIGINT; a second one ends it at once, which loses nothing that was acknowledged.
@@ -61,7 +68,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let daemon = async move {
         stop_on_signals(&stop)?;
-        serve(loaded, start_node, stop, |welcome| super::cli::print(welcome)).await
+        serve(loaded, start_node, stop, super::cli::print).await
     };
     // Spawned, so that all of it runs on threads of the runtime; this one only waits.
     runtime.block_on(async { tokio::spawn(daemon).await.context("the daemon panicked")? })

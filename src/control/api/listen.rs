@@ -49,20 +49,30 @@ pub struct SocketFile {
     inode: (u64, u64),
 }
 
+impl SocketFile {
+    /// Removes the name, unless somebody else's socket has it by now. One that stays is taken over by the next start.
+    async fn remove(mut self) {
+        let (path, inode) = (std::mem::take(&mut self.path), self.inode);
+        tokio::task::spawn_blocking(move || remove_socket(&path, inode)).await.ok();
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let path = std::mem::take(&mut self.path);
-        let inode = self.inode;
-        let remove = move || {
-            if fs::symlink_metadata(&path).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode) {
-                // A name that stays is taken over by the next start.
-                fs::remove_file(&path).ok();
-            }
-        };
-        match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
-            Err(_) => remove(),
+        let (path, inode) = (std::mem::take(&mut self.path), self.inode);
+        if path.as_os_str().is_empty() {
+            return;
         }
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(move || remove_socket(&path, inode))),
+            Err(_) => remove_socket(&path, inode),
+        }
+    }
+}
+
+fn remove_socket(path: &Path, inode: (u64, u64)) {
+    if fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode) {
+        fs::remove_file(path).ok();
     }
 }
 
@@ -159,7 +169,7 @@ impl Server {
                 Endpoint::Tcp(listener) => accept(listener, router, slots, shutdown, tasks).await,
                 Endpoint::Unix(listener, file) => {
                     accept(listener, router, slots, shutdown, tasks).await;
-                    drop(file);
+                    file.remove().await;
                 }
             }
         });

@@ -163,8 +163,7 @@ fn buckets(bounds_us: &[u64], counts: &[u64]) -> (Vec<(f64, u64)>, f64, u64) {
         lower = upper;
     }
     sum += lower * seconds(beyond, 1.0);
-    // The encoder writes this bound as +Inf.
-    buckets.push((f64::MAX, beyond));
+    buckets.push((f64::INFINITY, beyond));
     (buckets, sum, all.saturating_add(beyond))
 }
 
