@@ -21,7 +21,7 @@ pub const WORDS_PER_BLOCK: u64 = SECTORS_PER_BLOCK / SECTORS_PER_WORD;
 /// Largest volume: 64 TiB. Beyond it a create or resize is refused.
 pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
 
-const _: () = assert!(BLOCK_BYTES as usize == BLOCK_LEN, "one block size, as a count and as a length");
+const _: () = assert!(BLOCK_LEN as u64 == BLOCK_BYTES, "one block size, as a count and as a length");
 const _: () =
     assert!(SECTORS_PER_BLOCK.is_multiple_of(SECTORS_PER_WORD), "a map word never spans two blocks");
 

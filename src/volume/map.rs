@@ -472,3 +472,303 @@ fn read_pack(reader: &mut Reader<'_>) -> Result<PackRef, FormatError> {
     reader.check(good, "a pack has an impossible size")?;
     Ok(pack)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::BLOCK_BYTES;
+    use crate::volume::ids::ContentHash;
+    use crate::volume::pack::{BlockLocation, EncodedBlock, Encoding, PackBuilder};
+    use proptest::prelude::*;
+
+    const VOLUME_BLOCKS: u64 = 3 * SEGMENT_BLOCKS - 100;
+
+    fn id(sequence: u64) -> ObjectId {
+        ObjectId { sequence, ..ObjectId::from_bytes(&[7; 40]) }
+    }
+
+    fn fake_block(stamp: u64) -> EncodedBlock {
+        let bytes = Bytes::copy_from_slice(&stamp.to_le_bytes());
+        EncodedBlock { hash: ContentHash::of(&bytes), encoding: Encoding::Zstd, bytes }
+    }
+
+    /// A volume as its owner sees it, beside a plain model.
+    struct World {
+        map: Map,
+        indexes: Vec<Arc<PackIndex>>,
+        objects: HashMap<ObjectId, Bytes>,
+        model: BTreeMap<u64, ContentHash>,
+        sequence: u64,
+    }
+
+    impl World {
+        fn new() -> Self {
+            Self {
+                map: Map::empty(VOLUME_BLOCKS * BLOCK_BYTES),
+                indexes: Vec::new(),
+                objects: HashMap::new(),
+                model: BTreeMap::new(),
+                sequence: 0,
+            }
+        }
+
+        fn next(&mut self) -> u64 {
+            self.sequence += 1;
+            self.sequence
+        }
+
+        fn blocks(&self) -> u64 {
+            block_count(self.map.size_bytes)
+        }
+
+        fn commit(&mut self, zeros: &[(u64, u64)], data: &[u64]) {
+            let mut builder = PackBuilder::new(id(self.next()));
+            let data: BTreeSet<u64> = data.iter().copied().filter(|block| *block < self.blocks()).collect();
+            let zero: BTreeSet<u64> =
+                zeros.iter().flat_map(|(start, len)| *start..(start + len).min(self.blocks())).collect();
+            for block in zero.difference(&data) {
+                builder.push_zero_run(BlockIndex(*block), 1);
+                self.model.remove(block);
+            }
+            for block in &data {
+                let encoded = fake_block(self.next());
+                self.model.insert(*block, encoded.hash);
+                builder.push(BlockIndex(*block), encoded);
+            }
+            let (object, reference, _) = builder.finish();
+            let footer = &object[usize::try_from(reference.data_bytes()).unwrap()..];
+            self.indexes.push(Arc::new(PackIndex::decode(footer, &reference).unwrap()));
+            self.map.push_pack(reference);
+        }
+
+        fn load(&self, segment: u32) -> Segment {
+            let reference = self.map.segments[&segment];
+            let start = usize::try_from(reference.offset_bytes).unwrap();
+            let end = start + usize::try_from(reference.stored_bytes).unwrap();
+            Segment::decode(&self.objects[&reference.object][start..end], segment, &reference).unwrap()
+        }
+
+        fn fold(&mut self) {
+            let needed = segments_needed(&self.map, &self.indexes);
+            let old = needed.into_iter().map(|segment| (segment, self.load(segment))).collect();
+            let object = id(self.next());
+            if let Some((bytes, map)) = fold(&self.map, &self.indexes, &old, object) {
+                self.objects.insert(object, bytes);
+                self.map = map;
+                self.indexes.clear();
+            }
+        }
+
+        /// Folds with one object for each segment.
+        fn fold_in_steps(&mut self) {
+            let mut fold = Fold::new(&self.map, &self.indexes);
+            while let Some(step) = fold.next_step() {
+                let old = step.old.map(|_| self.load(step.segment));
+                fold.apply(old.as_ref());
+                self.sequence += 1;
+                if let Some(bytes) = fold.take_object(id(self.sequence)) {
+                    self.objects.insert(id(self.sequence), bytes);
+                }
+            }
+            self.map = fold.finish();
+            self.indexes.clear();
+        }
+
+        fn resize(&mut self, blocks: u64) {
+            if blocks < self.blocks() {
+                self.commit(&[(blocks, self.blocks() - blocks)], &[]);
+            }
+            self.map = self.map.truncated(blocks * BLOCK_BYTES);
+        }
+
+        fn reload(&mut self) {
+            let (bytes, reference) = self.map.with_id(id(9999));
+            let text = serde_json::to_string(&reference).unwrap();
+            assert_eq!(serde_json::from_str::<MapRef>(&text).unwrap(), reference);
+            let map = Map::decode(&bytes, &reference).unwrap();
+            assert_eq!(map, self.map);
+            assert_eq!(map.encode(), bytes);
+            self.map = map;
+        }
+
+        fn lookup(&self, block: u64) -> Option<BlockLocation> {
+            let found = match lookup_unfolded(&self.indexes, BlockIndex(block)) {
+                Lookup::Absent => match self.map.segment(BlockIndex(block)) {
+                    Some(_) => self.load(segment_of(BlockIndex(block))).lookup(BlockIndex(block)),
+                    None => Lookup::Zero,
+                },
+                found => found,
+            };
+            match found {
+                Lookup::At(location) => Some(location),
+                Lookup::Zero => None,
+                Lookup::Absent => panic!("a segment always answers"),
+            }
+        }
+
+        fn check(&self) {
+            let mut interesting: BTreeSet<u64> = self.model.keys().copied().collect();
+            for around in (0..4).map(|n| n * SEGMENT_BLOCKS).chain([self.blocks()]) {
+                interesting.extend(around.saturating_sub(12)..around + 12);
+            }
+            for block in interesting.into_iter().filter(|block| *block < self.blocks()) {
+                let found = self.lookup(block).map(|location| location.stored.hash);
+                assert_eq!(found, self.model.get(&block).copied(), "block {block}");
+            }
+            let folded: u64 = self.map.segments().map(|(segment, _)| self.load(segment).data_bytes()).sum();
+            let unfolded: u64 = self.map.packs().iter().map(PackRef::data_bytes).sum();
+            assert_eq!(self.map.data_bytes(), folded + unfolded);
+            if self.map.packs().is_empty() {
+                let segments: BTreeSet<u32> =
+                    self.model.keys().map(|block| segment_of(BlockIndex(*block))).collect();
+                assert!(self.map.segments().map(|(index, _)| index).eq(segments), "no segment is all zero");
+            }
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Commit { zeros: Vec<(u64, u64)>, data: Vec<u64> },
+        Fold,
+        FoldInSteps,
+        Reload,
+        Resize(u64),
+    }
+
+    fn block() -> impl Strategy<Value = u64> {
+        (0u64..4, 0u64..20).prop_map(|(segment, near)| (segment * SEGMENT_BLOCKS + near).saturating_sub(10))
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let len = prop_oneof![5 => 1u64..12, 2 => 1u64..3 * SEGMENT_BLOCKS, 1 => Just(3 * SEGMENT_BLOCKS)];
+        let zeros = proptest::collection::vec((block(), len), 0..3);
+        prop_oneof![
+            5 => (zeros, proptest::collection::vec(block(), 0..12)).prop_map(|(zeros, data)| Op::Commit { zeros, data }),
+            2 => Just(Op::Fold),
+            1 => Just(Op::FoldInSteps),
+            1 => Just(Op::Reload),
+            1 => (1u64..=VOLUME_BLOCKS).prop_map(Op::Resize),
+            1 => block().prop_map(|block| Op::Resize(block.clamp(1, VOLUME_BLOCKS))),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+        #[test]
+        fn g10_maps_say_what_a_plain_model_says(ops in proptest::collection::vec(op(), 1..12)) {
+            let mut world = World::new();
+            for op in ops {
+                match op {
+                    Op::Commit { zeros, data } => world.commit(&zeros, &data),
+                    Op::Fold => world.fold(),
+                    Op::FoldInSteps => world.fold_in_steps(),
+                    Op::Reload => world.reload(),
+                    Op::Resize(blocks) => world.resize(blocks),
+                }
+                world.check();
+            }
+        }
+    }
+
+    fn folded_world() -> World {
+        let mut world = World::new();
+        world.commit(&[], &[1, 2, 3, SEGMENT_BLOCKS, SEGMENT_BLOCKS + 5]);
+        world.commit(&[(2, 1)], &[3, 2 * SEGMENT_BLOCKS]);
+        world.fold();
+        world.commit(&[(4, 8)], &[1]);
+        world
+    }
+
+    #[test]
+    fn g10_a_discarded_block_stays_zero_across_folds() {
+        let mut world = folded_world();
+        world.commit(&[(0, SEGMENT_BLOCKS)], &[]);
+        assert!(segments_needed(&world.map, &world.indexes).is_empty(), "all of it is overwritten by zeros");
+        world.fold();
+        world.check();
+        assert!(world.map.segment(BlockIndex(1)).is_none());
+    }
+
+    #[test]
+    fn a_segment_of_zeros_that_gets_more_zeros_costs_nothing() {
+        let mut world = World::new();
+        world.commit(&[(5, 3 * SEGMENT_BLOCKS)], &[]);
+        assert!(Fold::new(&world.map, &world.indexes).next_step().is_none());
+        world.fold();
+        assert_eq!(world.map, World::new().map);
+    }
+
+    #[test]
+    fn nothing_is_folded_where_there_is_nothing_to_fold() {
+        let world = World::new();
+        assert_eq!(fold(&world.map, &[], &HashMap::new(), id(1)), None);
+    }
+
+    #[test]
+    #[should_panic(expected = "is given")]
+    fn a_fold_without_a_segment_that_it_needs_is_a_programmers_error() {
+        let world = folded_world();
+        fold(&world.map, &world.indexes, &HashMap::new(), id(77));
+    }
+
+    #[test]
+    fn many_packs_or_many_entries_ask_for_a_fold() {
+        let mut world = World::new();
+        for block in 0..17 {
+            assert!(!should_fold(&world.map, &world.indexes));
+            world.commit(&[], &[block]);
+        }
+        assert!(should_fold(&world.map, &world.indexes));
+        world.fold();
+        assert!(!should_fold(&world.map, &world.indexes));
+    }
+
+    #[test]
+    fn a_segment_says_how_much_it_uses_of_each_pack() {
+        let world = folded_world();
+        let uses = world.load(0).packs();
+        assert_eq!(
+            uses.iter().map(|pack| (pack.live_blocks, pack.live_bytes)).collect::<Vec<_>>(),
+            [(1, 8), (1, 8)]
+        );
+        assert_eq!(uses.iter().map(|pack| pack.data_bytes).collect::<Vec<_>>(), [40, 16]);
+    }
+
+    fn refuses_all_changes(good: &[u8], is_refused: impl Fn(&[u8]) -> bool) {
+        for len in 0..good.len() {
+            assert!(is_refused(&good[..len]));
+        }
+        for at in 0..good.len() {
+            for flip in [1, 0x80, 0xff] {
+                let mut bad = good.to_vec();
+                bad[at] ^= flip;
+                assert!(is_refused(&bad), "byte {at} changed");
+            }
+        }
+    }
+
+    #[test]
+    fn every_truncation_and_every_changed_byte_of_a_map_or_segment_is_refused() {
+        let world = folded_world();
+        let (map, map_ref) = world.map.with_id(id(1));
+        let segment_ref = world.map.segments[&1];
+        let start = usize::try_from(segment_ref.offset_bytes).unwrap();
+        let end = start + usize::try_from(segment_ref.stored_bytes).unwrap();
+        let segment = world.objects[&segment_ref.object].slice(start..end);
+
+        refuses_all_changes(&map, |bytes| {
+            let object_bytes = u64::try_from(bytes.len()).unwrap();
+            let fits = MapRef { object_bytes, hash: ObjectHash::of(bytes), ..map_ref };
+            Map::decode(bytes, &map_ref).is_err() && Map::decode(bytes, &fits).is_err()
+        });
+        refuses_all_changes(&segment, |bytes| {
+            let stored_bytes = u32::try_from(bytes.len()).unwrap();
+            let fits = SegmentRef { stored_bytes, hash: ObjectHash::of(bytes), ..segment_ref };
+            Segment::decode(bytes, 1, &segment_ref).is_err() && Segment::decode(bytes, 1, &fits).is_err()
+        });
+        assert!(
+            Segment::decode(&segment, 0, &segment_ref).is_err(),
+            "another segment than the one asked for"
+        );
+    }
+}

@@ -10,6 +10,7 @@ pub mod catalog;
 pub mod destage;
 pub mod engine;
 pub mod epoch;
+mod eviction;
 pub mod flush;
 pub mod format;
 pub mod head;

@@ -545,3 +545,227 @@ fn blocks_meet_runs(blocks: &[(u32, StoredBlock)], runs: &[Range<u32>]) -> bool 
         blocks.peek().is_some_and(|block| *block < run.end)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn id(sequence: u64) -> ObjectId {
+        ObjectId { sequence, ..ObjectId::from_bytes(&[7; 40]) }
+    }
+
+    fn text_block(seed: u8) -> Vec<u8> {
+        (0..BLOCK_LEN).map(|at| seed ^ u8::try_from(at / 512 % 251).unwrap()).collect()
+    }
+
+    fn noise_block() -> Vec<u8> {
+        let mut out = vec![0; BLOCK_LEN];
+        blake3::Hasher::new().finalize_xof().fill(&mut out);
+        out
+    }
+
+    fn location(encoded: &EncodedBlock) -> StoredBlock {
+        StoredBlock {
+            offset: 0,
+            stored_bytes: u32::try_from(encoded.bytes.len()).unwrap(),
+            encoding: encoded.encoding,
+            pages: ALL_PAGES,
+            hash: encoded.hash,
+        }
+    }
+
+    fn small_pack() -> (Bytes, PackRef, PackIndex) {
+        let mut builder = PackBuilder::new(id(1));
+        for block in [900_000, 3, 70] {
+            let content = text_block(u8::try_from(block % 251).unwrap());
+            builder.push(BlockIndex(block), encode_block(&content, ContentHash::of(&content), 3));
+        }
+        builder.push_zero_run(BlockIndex(71), 1000);
+        builder.push_zero_run(BlockIndex(10), 5);
+        builder.push_zero_run(BlockIndex(15), 5);
+        builder.finish()
+    }
+
+    fn footer(object: &Bytes, reference: &PackRef) -> Bytes {
+        object.slice(usize::try_from(reference.data_bytes()).unwrap()..)
+    }
+
+    #[test]
+    fn a_block_comes_back_whether_it_shrinks_or_not() {
+        for (content, encoding) in [
+            (text_block(1), Encoding::Zstd),
+            (noise_block(), Encoding::Raw),
+            (vec![0; BLOCK_LEN], Encoding::Zstd),
+        ] {
+            for level in [1, 3, 3, 9] {
+                let encoded = encode_block(&content, ContentHash::of(&content), level);
+                assert_eq!(encoded.encoding, encoding);
+                assert!(encoded.bytes.len() <= BLOCK_LEN);
+                assert_eq!(decode_block(&encoded.bytes, &location(&encoded)).unwrap(), content);
+            }
+        }
+    }
+
+    #[test]
+    fn g15_another_block_is_not_believed_though_well_formed() {
+        let (one, other) = (text_block(1), text_block(2));
+        let named = encode_block(&one, ContentHash::of(&one), 3);
+        let found = encode_block(&other, ContentHash::of(&other), 3);
+        let place = StoredBlock { hash: named.hash, ..location(&found) };
+        assert_eq!(decode_block(&found.bytes, &place), Err(FormatError::Hash { what: "block" }));
+    }
+
+    #[test]
+    fn g19_a_frame_that_yields_another_size_than_a_block_is_refused() {
+        for size in [0, 1, BLOCK_LEN - 1, BLOCK_LEN + 1, 64 << 20] {
+            let content = vec![5; size];
+            let bomb = zstd::bulk::compress(&content, 3).unwrap();
+            assert!(bomb.len() < 1 << 16);
+            let encoded = EncodedBlock {
+                hash: ContentHash::of(&content),
+                encoding: Encoding::Zstd,
+                bytes: bomb.into(),
+            };
+            let refused = decode_block(&encoded.bytes, &location(&encoded));
+            assert!(matches!(refused, Err(FormatError::Malformed { .. })), "{size}: {refused:?}");
+            // The same without the size declared in the frame.
+            let bomb = zstd::stream::encode_all(content.as_slice(), 3).unwrap();
+            let encoded = EncodedBlock { bytes: bomb.into(), ..encoded };
+            assert!(decode_block(&encoded.bytes, &location(&encoded)).is_err());
+        }
+    }
+
+    #[test]
+    fn blocks_with_pages_left_out_are_named_as_unsupported() {
+        let content = text_block(1);
+        let encoded = encode_block(&content, ContentHash::of(&content), 3);
+        let place = StoredBlock { pages: 1, ..location(&encoded) };
+        assert!(matches!(decode_block(&encoded.bytes, &place), Err(FormatError::Unsupported { .. })));
+    }
+
+    #[test]
+    fn every_block_of_a_pack_is_found_and_decodes() {
+        let (object, reference, built) = small_pack();
+        let index = PackIndex::decode(&footer(&object, &reference), &reference).unwrap();
+        assert_eq!(index, built);
+        assert_eq!(index.encode(), footer(&object, &reference));
+        assert_eq!((reference.block_count, reference.zero_blocks), (3, 1010));
+        assert_eq!(index.entries().map(|(block, _)| block.0).collect::<Vec<_>>(), [3, 70, 900_000]);
+        for (block, stored) in index.entries() {
+            let start = usize::try_from(stored.offset).unwrap();
+            let bytes = &object[start..start + usize::try_from(stored.stored_bytes).unwrap()];
+            assert_eq!(
+                decode_block(bytes, &stored).unwrap(),
+                text_block(u8::try_from(block.0 % 251).unwrap())
+            );
+        }
+        assert_eq!(
+            index.zero_runs().map(|run| (run.start.0, run.end.0)).collect::<Vec<_>>(),
+            [(10, 20), (71, 1071)]
+        );
+        assert_eq!(
+            (index.first_block(), index.last_block()),
+            (Some(BlockIndex(3)), Some(BlockIndex(900_000)))
+        );
+        assert_eq!(index.lookup(BlockIndex(1071)), Lookup::Absent);
+        assert!(
+            index.overlaps(0..4)
+                && !index.overlaps(4..10)
+                && index.overlaps(4..11)
+                && !index.overlaps(20..70)
+        );
+    }
+
+    #[test]
+    fn a_pack_may_hold_nothing_but_zero_runs() {
+        let mut builder = PackBuilder::new(id(1));
+        builder.push_zero_run(BlockIndex(0), VOLUME_BYTES_MAX / BLOCK_BYTES);
+        let (object, reference, _) = builder.finish();
+        assert_eq!(reference.data_bytes(), 0);
+        let index = PackIndex::decode(&object, &reference).unwrap();
+        assert_eq!(index.lookup(BlockIndex(12345)), Lookup::Zero);
+        assert_eq!(index.lookup(BlockIndex(u64::MAX)), Lookup::Absent);
+    }
+
+    #[test]
+    #[should_panic(expected = "once")]
+    fn adding_a_block_twice_is_a_programmers_error() {
+        let content = text_block(1);
+        let encoded = encode_block(&content, ContentHash::of(&content), 3);
+        let mut builder = PackBuilder::new(id(1));
+        builder.push(BlockIndex(1), encoded.clone());
+        builder.push(BlockIndex(1), encoded);
+        builder.finish();
+    }
+
+    #[test]
+    #[should_panic(expected = "or is zero")]
+    fn adding_a_block_with_data_and_as_zero_is_a_programmers_error() {
+        let content = text_block(1);
+        let mut builder = PackBuilder::new(id(1));
+        builder.push_zero_run(BlockIndex(0), 10);
+        builder.push(BlockIndex(9), encode_block(&content, ContentHash::of(&content), 3));
+        builder.finish();
+    }
+
+    #[test]
+    fn every_truncation_and_every_changed_byte_of_a_footer_is_refused() {
+        let (object, reference, _) = small_pack();
+        let good = footer(&object, &reference);
+        for len in 0..good.len() {
+            assert!(PackIndex::decode(&good[..len], &reference).is_err());
+            // Also if the reference fits what is there: a footer protects itself.
+            let footer_bytes = u32::try_from(len).unwrap();
+            let fits = PackRef {
+                footer_bytes,
+                object_bytes: reference.data_bytes() + u64::from(footer_bytes),
+                footer_hash: ObjectHash::of(&good[..len]),
+                ..reference
+            };
+            assert!(PackIndex::decode(&good[..len], &fits).is_err());
+        }
+        for at in 0..good.len() {
+            for flip in [1, 0x80, 0xff] {
+                let mut bad = good.to_vec();
+                bad[at] ^= flip;
+                assert!(matches!(PackIndex::decode(&bad, &reference), Err(FormatError::Hash { .. })));
+                let fits = PackRef { footer_hash: ObjectHash::of(&bad), ..reference };
+                assert!(PackIndex::decode(&bad, &fits).is_err(), "byte {at} changed");
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn lookup_in_a_pack_equals_a_plain_map(blocks in proptest::collection::btree_map(0u64..300, any::<bool>(), 0..100), seed: u64) {
+            let mut builder = PackBuilder::new(id(seed));
+            let mut order: Vec<_> = blocks.iter().collect();
+            order.sort_by_key(|(block, _)| blake3::hash(&(**block ^ seed).to_le_bytes()).as_bytes()[0]);
+            for (block, zero) in order {
+                if *zero {
+                    builder.push_zero_run(BlockIndex(*block), 1);
+                } else {
+                    let bytes = Bytes::copy_from_slice(&block.to_le_bytes());
+                    builder.push(BlockIndex(*block), EncodedBlock { hash: ContentHash::of(&bytes), encoding: Encoding::Zstd, bytes });
+                }
+            }
+            let (object, reference, built) = builder.finish();
+            let index = PackIndex::decode(&footer(&object, &reference), &reference).unwrap();
+            prop_assert_eq!(&index, &built);
+            for block in 0..301u64 {
+                match (index.lookup(BlockIndex(block)), blocks.get(&block)) {
+                    (Lookup::Absent, None) | (Lookup::Zero, Some(true)) => {}
+                    (Lookup::At(location), Some(false)) => {
+                        let start = usize::try_from(location.stored.offset).unwrap();
+                        prop_assert_eq!(&object[start..start + 8], &block.to_le_bytes());
+                        prop_assert_eq!(location.pack, id(seed));
+                    }
+                    (found, expected) => prop_assert!(false, "block {}: {:?}, not {:?}", block, found, expected),
+                }
+                prop_assert_eq!(index.overlaps(block..block + 7), blocks.range(block..block + 7).next().is_some());
+            }
+        }
+    }
+}

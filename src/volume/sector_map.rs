@@ -143,7 +143,7 @@ pub struct MapLayout {
 /// Bytes in a map page.
 pub const MAP_PAGE_BYTES: u64 = 4096;
 
-const _: () = assert!(MAP_PAGE_WORDS * 8 == MAP_PAGE_BYTES as usize, "a map page is a page of words");
+const _: () = assert!(MAP_PAGE_WORDS as u64 * 8 == MAP_PAGE_BYTES, "a map page is a page of words");
 
 impl MapLayout {
     /// The layout for a volume of that size.

@@ -1,5 +1,6 @@
 //! Against the file systems that the machine has: temporary directories, `/dev/shm`, and small mounts when run as root.
 
+use super::places::{hex, is_tmpfs};
 use super::*;
 use std::process::{Command, Stdio};
 
