@@ -1,1 +1,122 @@
-//! The NBD server.
+//! The NBD server: fixed newstyle, simple and structured replies, `base:allocation`.
+//!
+//! Follows <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
+//!
+//! ```text
+//! socket ─ server (accept, limits, stop)
+//!            └ connection (one task a client) ─ handshake P ─ session P ─ reply P     bytes ⇄ requests
+//!                                             └ work ─ BlockHandler                   requests ⇄ disk
+//! ```
+//! P = pure: bytes and values in, bytes and values out.
+//!
+//! Owns: the protocol, its limits, and how many bytes of clients' data are in memory ([`budget`]).
+//! Does not own: which disks there are ([`Exports`], which the node implements) or what they hold.
+//!
+//! # Limits, and what happens beyond them
+//! | limit | beyond it |
+//! | --- | --- |
+//! | connections ([`Config::connections_max`]) | the connection is closed at once |
+//! | handshake: [`Config::handshake_timeout`], [`wire::OPTIONS_MAX`] options | the connection is closed |
+//! | option data [`wire::OPTION_BYTES_MAX`] | skipped, answered `ERR_TOO_BIG` |
+//! | names in a listing [`wire::LIST_MAX`] | the list is cut off there |
+//! | read and write payload [`wire::PAYLOAD_BYTES_MAX`] | skipped, answered `EINVAL` (`EOVERFLOW` for structured reads) |
+//! | requests under way [`wire::REQUESTS_MAX`] a connection | the server stops reading from that socket |
+//! | bytes under way ([`Config::connection_bytes_max`], [`Config::node_bytes_max`]) | the same |
+//! | replies not taken by the client | the same |
+
+pub mod budget;
+pub mod connection;
+pub mod handshake;
+pub mod reply;
+pub mod server;
+pub mod session;
+pub mod wire;
+mod work;
+
+pub use server::Server;
+
+use crate::block::BlockHandler;
+use async_trait::async_trait;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// Where the server listens and how much it lets clients use.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// TCP addresses; port 0 takes any free one.
+    pub tcp: Vec<SocketAddr>,
+    /// Path of a Unix socket.
+    pub unix: Option<PathBuf>,
+    /// Permissions of the Unix socket.
+    pub unix_mode: u32,
+    /// Clients at one time, over all listeners.
+    pub connections_max: usize,
+    /// Bytes of reads and writes under way in one connection.
+    pub connection_bytes_max: usize,
+    /// The same over all connections, beside [`budget::OWN_BYTES`] that each connection has for itself.
+    pub node_bytes_max: usize,
+    /// Time for everything before the first request.
+    pub handshake_timeout: Duration,
+    /// Time that a client whose disk is taken away, or that is stopped, has to take the replies to what it asked.
+    pub close_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            tcp: Vec::new(),
+            unix: None,
+            unix_mode: 0o660,
+            connections_max: 1024,
+            connection_bytes_max: 32 << 20,
+            node_bytes_max: 256 << 20,
+            handshake_timeout: Duration::from_secs(10),
+            close_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A disk as it stands in a listing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ExportListing {
+    pub name: String,
+    /// For people.
+    pub description: String,
+}
+
+/// A disk that a client asked for.
+pub struct OpenExport {
+    /// Its own name, also where the client asked for the default one.
+    pub name: String,
+    pub handler: Arc<dyn BlockHandler>,
+    /// For people.
+    pub description: String,
+    /// Dropped when the client has left and nothing of it is under way any more.
+    pub guard: Box<dyn Send + Sync>,
+    /// Ends the connection: what was asked is answered, nothing more is taken.
+    pub closed: CancellationToken,
+}
+
+/// Why a disk could not be opened.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ExportError {
+    /// There is none of that name.
+    #[error("there is no disk of this name here")]
+    Unknown,
+    /// There is, but it cannot be served now.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// The disks that are served.
+#[async_trait]
+pub trait Exports: Send + Sync + 'static {
+    /// Names and descriptions, at most `max`.
+    async fn list(&self, max: usize) -> Vec<ExportListing>;
+
+    /// The disk called `name`; the empty name is the default one, if there is exactly one.
+    async fn open(&self, name: &str) -> Result<OpenExport, ExportError>;
+}

@@ -1,0 +1,279 @@
+//! Replies on their way to the client. Pure: results in, bytes out.
+//!
+//! Owns: the layout of simple and structured replies, and the queue of bytes that the socket has not taken yet.
+//! Does not own: when a reply may be sent ([`super::connection`]).
+
+use super::handshake::Replies;
+use super::session::Refusal;
+use super::wire::{
+    BASE_ALLOCATION_ID, CHUNK_LEN, ChunkHeader, Cookie, MESSAGE_BYTES_MAX, REPLY_BLOCK_STATUS, REPLY_ERROR,
+    REPLY_ERROR_OFFSET, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE,
+    SIMPLE_REPLY_MAGIC, allocation_state, cut,
+};
+use crate::block::Extent;
+use crate::geometry::{ByteRange, len_of};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use std::collections::VecDeque;
+use std::io::IoSlice;
+
+/// A stretch of zeros shorter than this goes as data: a chunk of its own would cost the client more.
+const HOLE_BYTES_MIN: u64 = 4096;
+/// Data up to this length is copied behind its header, so that many replies leave in one stretch.
+const COPY_BYTES_MAX: usize = 16 * 1024;
+
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// Bytes that were read, or zeros.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Part {
+    Data(Bytes),
+    Zeros { len_bytes: u64 },
+}
+
+impl Part {
+    fn len_bytes(&self) -> u64 {
+        match self {
+            Self::Data(data) => data.len() as u64,
+            Self::Zeros { len_bytes } => *len_bytes,
+        }
+    }
+}
+
+/// Whether more chunks of the same reply follow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Chunk {
+    Last,
+    MoreFollow,
+}
+
+impl Chunk {
+    fn flags(self) -> u16 {
+        match self {
+            Self::Last => REPLY_FLAG_DONE,
+            Self::MoreFollow => 0,
+        }
+    }
+}
+
+/// Bytes for the client, in order.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    sealed: VecDeque<Bytes>,
+    tail: BytesMut,
+    queued_bytes: u64,
+    taken_bytes: u64,
+}
+
+impl Outbox {
+    /// Counts all bytes ever put in: a place in the stream.
+    pub fn queued_bytes(&self) -> u64 {
+        self.queued_bytes
+    }
+
+    /// Counts all bytes ever taken out.
+    pub fn taken_bytes(&self) -> u64 {
+        self.taken_bytes
+    }
+
+    /// Forgets what was not taken.
+    pub fn clear(&mut self) {
+        self.sealed.clear();
+        self.tail = BytesMut::new();
+        self.taken_bytes = self.queued_bytes;
+    }
+
+    /// A simple reply without data, or the header of one with data that follows.
+    pub fn put_simple(&mut self, cookie: Cookie, errno_code: u32) {
+        self.tail.reserve(16);
+        self.tail.put_u32(SIMPLE_REPLY_MAGIC);
+        self.tail.put_u32(errno_code);
+        self.tail.put_u64(cookie.0);
+        self.queued_bytes += 16;
+    }
+
+    /// An error as the only reply, with its text where the client can take one.
+    pub fn put_error(&mut self, cookie: Cookie, replies: Replies, refusal: &Refusal) {
+        match replies {
+            Replies::Simple => self.put_simple(cookie, refusal.errno.code()),
+            Replies::Structured => {
+                let message = cut(&refusal.message, MESSAGE_BYTES_MAX);
+                self.put_chunk(cookie, REPLY_ERROR, Chunk::Last, 6 + message.len() as u64);
+                self.put_error_fields(refusal, message);
+            }
+        }
+    }
+
+    /// The last chunk of a read that failed at `offset_bytes`. What was sent before it stays good.
+    pub fn put_error_at(&mut self, cookie: Cookie, refusal: &Refusal, offset_bytes: u64) {
+        let message = cut(&refusal.message, MESSAGE_BYTES_MAX);
+        self.put_chunk(cookie, REPLY_ERROR_OFFSET, Chunk::Last, 14 + message.len() as u64);
+        self.put_error_fields(refusal, message);
+        self.put_u64(offset_bytes);
+    }
+
+    /// The chunk that ends a reply whose content went before.
+    pub fn put_none(&mut self, cookie: Cookie) {
+        self.put_chunk(cookie, REPLY_NONE, Chunk::Last, 0);
+    }
+
+    /// Content chunks for the parts of a read, which lie end to end from `start_bytes` on.
+    pub fn put_parts(&mut self, cookie: Cookie, start_bytes: u64, parts: Vec<Part>, chunk: Chunk) {
+        let mut at_bytes = start_bytes;
+        let mut parts = parts.into_iter().filter(|part| part.len_bytes() > 0).peekable();
+        while let Some(first) = parts.next() {
+            let hole = is_hole(&first);
+            let mut len_bytes = first.len_bytes();
+            let mut run = vec![first];
+            while let Some(part) = parts.next_if(|part| is_hole(part) == hole) {
+                len_bytes += part.len_bytes();
+                run.push(part);
+            }
+            let this = if parts.peek().is_none() { chunk } else { Chunk::MoreFollow };
+            if hole {
+                self.put_hole(cookie, ByteRange::new(at_bytes, len_bytes), this);
+            } else {
+                self.put_data_header(cookie, ByteRange::new(at_bytes, len_bytes), this);
+                self.put_raw(run);
+            }
+            at_bytes += len_bytes;
+        }
+    }
+
+    /// The only content chunk of a read that must not be fragmented, all of it at hand.
+    pub fn put_one(&mut self, cookie: Cookie, range: ByteRange, parts: Vec<Part>) {
+        if parts.iter().all(|part| matches!(part, Part::Zeros { .. })) {
+            self.put_hole(cookie, range, Chunk::Last);
+        } else {
+            self.put_data_header(cookie, range, Chunk::Last);
+            self.put_raw(parts);
+        }
+    }
+
+    /// The head of a content chunk; exactly that many bytes have to follow.
+    pub fn put_data_header(&mut self, cookie: Cookie, range: ByteRange, chunk: Chunk) {
+        self.put_chunk(cookie, REPLY_OFFSET_DATA, chunk, 8 + range.len());
+        self.put_u64(range.start());
+    }
+
+    /// Data without a header.
+    pub fn put_raw(&mut self, parts: Vec<Part>) {
+        for part in parts {
+            match part {
+                Part::Data(data) => self.put_data(data),
+                Part::Zeros { len_bytes } => self.put_zeros(len_bytes),
+            }
+        }
+    }
+
+    /// Zeros without a header; they take no memory however many they are.
+    pub fn put_zeros(&mut self, len_bytes: u64) {
+        let mut left = len_of(len_bytes);
+        while left > 0 {
+            let len = left.min(ZEROS.len());
+            self.put_data(Bytes::from_static(&ZEROS[..len]));
+            left -= len;
+        }
+    }
+
+    /// Extents of the one metadata context, which lie end to end. There is at least one.
+    pub fn put_block_status(&mut self, cookie: Cookie, extents: &[Extent]) {
+        self.put_chunk(cookie, REPLY_BLOCK_STATUS, Chunk::Last, 4 + 8 * extents.len() as u64);
+        self.tail.reserve(4 + 8 * extents.len());
+        self.tail.put_u32(BASE_ALLOCATION_ID);
+        for extent in extents {
+            self.tail.put_u32(short(extent.range.len()));
+            self.tail.put_u32(allocation_state(extent.kind));
+        }
+        self.queued_bytes += 4 + 8 * extents.len() as u64;
+    }
+
+    fn put_hole(&mut self, cookie: Cookie, range: ByteRange, chunk: Chunk) {
+        self.put_chunk(cookie, REPLY_OFFSET_HOLE, chunk, 12);
+        self.put_u64(range.start());
+        self.tail.put_u32(short(range.len()));
+        self.queued_bytes += 4;
+    }
+
+    fn put_chunk(&mut self, cookie: Cookie, kind: u16, chunk: Chunk, len_bytes: u64) {
+        self.tail.reserve(CHUNK_LEN + 16);
+        let header = ChunkHeader { flags: chunk.flags(), kind, cookie, len_bytes: short(len_bytes) };
+        header.put(&mut self.tail);
+        self.queued_bytes += CHUNK_LEN as u64;
+    }
+
+    fn put_error_fields(&mut self, refusal: &Refusal, message: &str) {
+        self.tail.reserve(14 + message.len());
+        self.tail.put_u32(refusal.errno.code());
+        self.tail.put_u16(u16::try_from(message.len()).expect("a cut message is short"));
+        self.tail.put_slice(message.as_bytes());
+        self.queued_bytes += 6 + message.len() as u64;
+    }
+
+    fn put_u64(&mut self, value: u64) {
+        self.tail.put_u64(value);
+        self.queued_bytes += 8;
+    }
+
+    fn put_data(&mut self, data: Bytes) {
+        self.queued_bytes += data.len() as u64;
+        if data.len() <= COPY_BYTES_MAX {
+            self.tail.extend_from_slice(&data);
+        } else {
+            if !self.tail.is_empty() {
+                self.sealed.push_back(self.tail.split().freeze());
+            }
+            self.sealed.push_back(data);
+        }
+    }
+}
+
+impl Buf for Outbox {
+    fn remaining(&self) -> usize {
+        len_of(self.queued_bytes - self.taken_bytes)
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.sealed.front().map_or(&self.tail[..], |sealed| &sealed[..])
+    }
+
+    fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
+        let sealed = self.sealed.iter().map(|sealed| &sealed[..]);
+        let tail = Some(&self.tail[..]).filter(|tail| !tail.is_empty());
+        let mut count = 0;
+        for (slice, bytes) in slices.iter_mut().zip(sealed.chain(tail)) {
+            *slice = IoSlice::new(bytes);
+            count += 1;
+        }
+        count
+    }
+
+    fn advance(&mut self, mut len: usize) {
+        self.taken_bytes += len as u64;
+        while let Some(front) = self.sealed.front_mut() {
+            if len < front.len() {
+                front.advance(len);
+                return;
+            }
+            len -= front.len();
+            self.sealed.pop_front();
+        }
+        self.tail.advance(len);
+        if self.tail.is_empty() {
+            // What an idle connection holds.
+            self.tail = BytesMut::new();
+        }
+    }
+}
+
+fn is_hole(part: &Part) -> bool {
+    matches!(part, Part::Zeros { len_bytes } if *len_bytes >= HOLE_BYTES_MIN)
+}
+
+/// A length in a reply: no longer than the request it answers, whose length had 32 bits.
+fn short(len_bytes: u64) -> u32 {
+    u32::try_from(len_bytes).expect("a chunk is no longer than its request")
+}
+
+#[cfg(test)]
+#[path = "reply_tests.rs"]
+mod tests;

@@ -1,0 +1,247 @@
+//! Listens, and runs a task for each client.
+//!
+//! Owns: TCP and Unix listeners, the bound on clients, stopping.
+//! Does not own: what a client says ([`super::connection`]).
+
+use super::budget::NodeBudget;
+use super::connection::{Shared, serve};
+use super::{Config, Exports};
+use rustix::net::sockopt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Pause after a failed accept: out of descriptors, most likely, and they come back when clients leave.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why the server could not start.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to listen on {address}: {source}")]
+pub struct StartError {
+    pub address: String,
+    pub source: io::Error,
+}
+
+/// A server that runs.
+pub struct Server {
+    tcp: Vec<SocketAddr>,
+    unix: Option<UnixSocket>,
+    stop: CancellationToken,
+    abort: CancellationToken,
+    tasks: TaskTracker,
+}
+
+struct UnixSocket {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Server {
+    /// Listens on all addresses of `config` before it returns. Stops when `shutdown` comes.
+    ///
+    /// # Errors
+    /// An address cannot be listened on; nothing runs then. A Unix socket that nobody listens on any more is
+    /// replaced, one that somebody does is an error.
+    pub async fn start(
+        config: Config,
+        exports: Arc<dyn Exports>,
+        shutdown: CancellationToken,
+    ) -> Result<Self, StartError> {
+        let mut listeners = Vec::with_capacity(config.tcp.len());
+        let mut tcp = Vec::with_capacity(config.tcp.len());
+        for &address in &config.tcp {
+            let failed = |source| StartError { address: address.to_string(), source };
+            let listener = TcpListener::bind(address).await.map_err(failed)?;
+            tcp.push(listener.local_addr().map_err(failed)?);
+            listeners.push(listener);
+        }
+        let unix = match &config.unix {
+            Some(path) => Some(
+                bind_unix(path, config.unix_mode)
+                    .await
+                    .map_err(|source| StartError { address: path.display().to_string(), source })?,
+            ),
+            None => None,
+        };
+        let stop = shutdown.child_token();
+        let gate = Gate {
+            places: Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS))),
+            shared: Arc::new(Shared {
+                budget: NodeBudget::new(config.node_bytes_max),
+                config,
+                exports,
+                stop: stop.clone(),
+            }),
+            abort: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
+        let (abort, tasks) = (gate.abort.clone(), gate.tasks.clone());
+        for listener in listeners {
+            tasks.spawn(accept_tcp(listener, gate.clone()));
+        }
+        let unix = unix.map(|(listener, socket)| {
+            tasks.spawn(accept_unix(listener, gate.clone()));
+            socket
+        });
+        tasks.close();
+        Ok(Self { tcp, unix, stop, abort, tasks })
+    }
+
+    /// The TCP addresses it listens on, in the order of the configuration.
+    pub fn tcp_addresses(&self) -> &[SocketAddr] {
+        &self.tcp
+    }
+
+    /// Accepts nobody any more, answers what was asked, and closes. What is left after `patience` is cut off.
+    pub async fn drain(self, patience: Duration) {
+        self.stop.cancel();
+        if tokio::time::timeout(patience, self.tasks.wait()).await.is_err() {
+            log::warn!("NBD clients did not leave in time and are cut off");
+            self.abort.cancel();
+            self.tasks.wait().await;
+        }
+        if let Some(socket) = &self.unix {
+            let ours = tokio::fs::symlink_metadata(&socket.path)
+                .await
+                .is_ok_and(|found| found.ino() == socket.inode);
+            if ours && let Err(error) = tokio::fs::remove_file(&socket.path).await {
+                log::warn!("failed to remove {}: {error}", socket.path.display());
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// What every client passes.
+#[derive(Clone)]
+struct Gate {
+    shared: Arc<Shared>,
+    places: Arc<Semaphore>,
+    abort: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Gate {
+    fn admit<S>(&self, io: S, peer: String)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+            log::warn!("turned NBD client {peer} away: {} are connected", self.shared.config.connections_max);
+            return;
+        };
+        self.tasks.spawn(run(io, peer, place, Arc::clone(&self.shared), self.abort.clone()));
+    }
+}
+
+async fn run<S>(
+    io: S,
+    peer: String,
+    place: OwnedSemaphorePermit,
+    shared: Arc<Shared>,
+    abort: CancellationToken,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    tokio::select! {
+        result = serve(io, &shared) => match result {
+            Ok(()) => log::debug!("NBD client {peer} left"),
+            Err(error) => log::info!("NBD client {peer} dropped: {error}"),
+        },
+        () = abort.cancelled() => log::info!("NBD client {peer} cut off"),
+    }
+    drop(place);
+}
+
+async fn accept_tcp(listener: TcpListener, gate: Gate) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = gate.shared.stop.cancelled() => return,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                if let Err(error) = prepare(&stream) {
+                    log::debug!("NBD client {peer}: socket options: {error}");
+                }
+                gate.admit(stream, peer.to_string());
+            }
+            Err(error) => pause(&gate, &error).await,
+        }
+    }
+}
+
+async fn accept_unix(listener: UnixListener, gate: Gate) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = gate.shared.stop.cancelled() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
+                gate.admit(
+                    stream,
+                    peer.map_or_else(|| "on the socket".into(), |pid| format!("process {pid}")),
+                );
+            }
+            Err(error) => pause(&gate, &error).await,
+        }
+    }
+}
+
+async fn pause(gate: &Gate, error: &io::Error) {
+    log::warn!("failed to accept an NBD client: {error}");
+    tokio::select! {
+        () = tokio::time::sleep(ACCEPT_PAUSE) => {}
+        () = gate.shared.stop.cancelled() => {}
+    }
+}
+
+/// Replies are not held back to fill packets, and a client whose host died is noticed.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream.as_fd(), true)?;
+    sockopt::set_tcp_keepidle(stream.as_fd(), Duration::from_secs(60))?;
+    sockopt::set_tcp_keepintvl(stream.as_fd(), Duration::from_secs(10))?;
+    sockopt::set_tcp_keepcnt(stream.as_fd(), 6)?;
+    Ok(())
+}
+
+async fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, UnixSocket)> {
+    match tokio::fs::symlink_metadata(path).await {
+        Ok(found) if found.file_type().is_socket() => match UnixStream::connect(path).await {
+            Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                tokio::fs::remove_file(path).await?;
+            }
+            Err(error) => return Err(error),
+        },
+        Ok(_) => {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "something else than a socket is there",
+            ));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let listener = UnixListener::bind(path)?;
+    tokio::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).await?;
+    let inode = tokio::fs::symlink_metadata(path).await?.ino();
+    Ok((listener, UnixSocket { path: path.to_owned(), inode }))
+}

@@ -1,0 +1,330 @@
+//! The transmission phase as the server hears it. Pure: bytes in, checked requests out.
+//!
+//! Owns: cutting the client's bytes into requests and pieces of payload, and judging each request against the disk
+//! and what was negotiated.
+//! Does not own: running requests ([`super::work`]), replies ([`super::reply`]), or how many run at a time
+//! ([`super::connection`]).
+
+use super::handshake::{BlockStatus, Negotiated, Replies};
+use super::wire::{
+    CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
+    CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, Cookie, EXTENTS_MAX, Errno,
+    PAYLOAD_BYTES_MAX, REQUEST_LEN, RequestHeader,
+};
+use crate::block::{BlockError, Durability};
+use crate::frontend::{Operation, check};
+use crate::geometry::{ByteRange, Geometry, SECTOR_BYTES};
+use bytes::{Buf, Bytes, BytesMut};
+
+/// What came of the bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// Nothing whole is left: more bytes, into [`Session::payload_space`] where there is one.
+    NeedInput,
+    /// A request to run.
+    Request { cookie: Cookie, request: Request },
+    /// A write whose payload follows: say with [`Session::receive`] how much to gather at a time.
+    WriteBegins { cookie: Cookie, range: ByteRange, durability: Durability },
+    /// The next piece of that payload. With `Rest::None` it is the last.
+    WritePiece { offset_bytes: u64, data: Bytes, rest: Rest },
+    /// A request that is answered with an error and not run.
+    Refused { cookie: Cookie, refusal: Refusal },
+    /// The client says goodbye: finish what is under way.
+    Disconnect,
+}
+
+/// Whether more of a payload follows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rest {
+    None,
+    Follows,
+}
+
+/// A request without payload, checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Request {
+    Read { range: ByteRange, fragments: Fragments },
+    Flush,
+    Trim { range: ByteRange, durability: Durability },
+    WriteZeroes { range: ByteRange, durability: Durability },
+    Cache { range: ByteRange },
+    BlockStatus { range: ByteRange, extents_max: usize },
+}
+
+/// Whether a structured reply to a read may have several content chunks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fragments {
+    Allowed,
+    One,
+}
+
+/// Why a request is not run.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    pub errno: Errno,
+    /// For people.
+    pub message: String,
+}
+
+/// The client does not speak the protocol: there is no way to go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("a request began with the wrong magic number")]
+pub struct BadMagic;
+
+/// What one client says.
+#[derive(Debug)]
+pub struct Session {
+    negotiated: Negotiated,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Header,
+    /// A write was announced and its payload not yet asked for.
+    Announced {
+        left: ByteRange,
+    },
+    Payload {
+        piece: BytesMut,
+        piece_len: usize,
+        left: ByteRange,
+        piece_bytes_max: usize,
+    },
+    Skip {
+        left_bytes: u64,
+        cookie: Cookie,
+        refusal: Refusal,
+    },
+    Ended,
+}
+
+impl Session {
+    pub fn new(negotiated: Negotiated) -> Self {
+        Self { negotiated, state: State::Header }
+    }
+
+    /// The next thing in `input`, taking the bytes it uses.
+    ///
+    /// # Errors
+    /// What follows in the stream means nothing: close the connection.
+    pub fn next(&mut self, input: &mut BytesMut, geometry: &Geometry) -> Result<Event, BadMagic> {
+        match &mut self.state {
+            State::Header => self.header(input, geometry),
+            State::Payload { piece, piece_len, left, piece_bytes_max } => {
+                let taken = input.len().min(*piece_len - piece.len());
+                piece.extend_from_slice(&input[..taken]);
+                input.advance(taken);
+                if piece.len() < *piece_len {
+                    return Ok(Event::NeedInput);
+                }
+                let data = std::mem::take(piece).freeze();
+                let offset_bytes = left.start();
+                let end_bytes = offset_bytes + *piece_len as u64;
+                let left = ByteRange::new(end_bytes, left.end() - end_bytes);
+                let rest = if left.is_empty() { Rest::None } else { Rest::Follows };
+                self.state = match rest {
+                    Rest::None => State::Header,
+                    Rest::Follows => gather(left, *piece_bytes_max),
+                };
+                Ok(Event::WritePiece { offset_bytes, data, rest })
+            }
+            State::Skip { left_bytes, cookie, refusal } => {
+                let skipped = usize::try_from(*left_bytes).unwrap_or(usize::MAX).min(input.len());
+                input.advance(skipped);
+                *left_bytes -= skipped as u64;
+                if *left_bytes > 0 {
+                    return Ok(Event::NeedInput);
+                }
+                let refused = Event::Refused { cookie: *cookie, refusal: refusal.clone() };
+                self.state = State::Header;
+                Ok(refused)
+            }
+            State::Announced { .. } | State::Ended => Ok(Event::NeedInput),
+        }
+    }
+
+    /// Gathers the payload of the announced write in pieces of at most `piece_bytes_max`, a power of two unless it
+    /// is all of the payload. Pieces end at multiples of it, so that only the first and last can be part of a block.
+    pub fn receive(&mut self, piece_bytes_max: usize) {
+        if let State::Announced { left } = self.state {
+            self.state = gather(left, piece_bytes_max.max(1));
+        }
+    }
+
+    /// Skips what is left of the payload of the write under way; then it is [`Event::Refused`].
+    pub fn skip_payload(&mut self, cookie: Cookie, refusal: Refusal) {
+        if let State::Announced { left } | State::Payload { left, .. } = &self.state {
+            self.state = State::Skip { left_bytes: left.len(), cookie, refusal };
+        }
+    }
+
+    /// Where the next bytes from the client may go directly, and how many of them, once `next` has taken all input.
+    pub fn payload_space(&mut self) -> Option<(&mut BytesMut, usize)> {
+        match &mut self.state {
+            State::Payload { piece, piece_len, .. } => {
+                let missing = *piece_len - piece.len();
+                Some((piece, missing))
+            }
+            State::Header | State::Announced { .. } | State::Skip { .. } | State::Ended => None,
+        }
+    }
+
+    /// Whether no request is half received, beyond bytes that `next` has not taken.
+    pub fn at_boundary(&self) -> bool {
+        matches!(self.state, State::Header | State::Ended)
+    }
+
+    fn header(&mut self, input: &mut BytesMut, geometry: &Geometry) -> Result<Event, BadMagic> {
+        let Some(bytes) = input.first_chunk::<REQUEST_LEN>() else {
+            return Ok(Event::NeedInput);
+        };
+        let header = RequestHeader::parse(bytes).ok_or(BadMagic)?;
+        input.advance(REQUEST_LEN);
+        let cookie = header.cookie;
+        if header.command == CMD_DISC {
+            self.state = State::Ended;
+            return Ok(Event::Disconnect);
+        }
+        if header.command == CMD_WRITE {
+            return match self.write(&header, geometry) {
+                Some(event) => Ok(event),
+                None => self.next(input, geometry),
+            };
+        }
+        Ok(match self.judge(&header, geometry) {
+            Ok(request) => Event::Request { cookie, request },
+            Err(refusal) => Event::Refused { cookie, refusal },
+        })
+    }
+
+    /// `None`: its payload is to be skipped.
+    fn write(&mut self, header: &RequestHeader, geometry: &Geometry) -> Option<Event> {
+        let cookie = header.cookie;
+        let checked = allow_flags(header, 0)
+            .and_then(|()| bounded_payload(header, Errno::Inval))
+            .and_then(|()| in_disk(header, geometry, Operation::Write));
+        match checked {
+            Ok(range) if range.is_empty() => {
+                let request = Request::WriteZeroes { range, durability: durability(header) };
+                Some(Event::Request { cookie, request })
+            }
+            Ok(range) => {
+                self.state = State::Announced { left: range };
+                Some(Event::WriteBegins { cookie, range, durability: durability(header) })
+            }
+            Err(refusal) => {
+                self.state = State::Skip { left_bytes: u64::from(header.len_bytes), cookie, refusal };
+                None
+            }
+        }
+    }
+
+    fn judge(&self, header: &RequestHeader, geometry: &Geometry) -> Result<Request, Refusal> {
+        match header.command {
+            CMD_READ => {
+                let structured = self.negotiated.replies == Replies::Structured;
+                allow_flags(header, if structured { CMD_FLAG_DF } else { 0 })?;
+                bounded_payload(header, if structured { Errno::Overflow } else { Errno::Inval })?;
+                let range = in_disk(header, geometry, Operation::Read)?;
+                let one = header.flags & CMD_FLAG_DF != 0;
+                Ok(Request::Read { range, fragments: if one { Fragments::One } else { Fragments::Allowed } })
+            }
+            CMD_FLUSH => {
+                allow_flags(header, 0)?;
+                if header.offset_bytes != 0 || header.len_bytes != 0 {
+                    return Err(Refusal::invalid("a flush has neither offset nor length"));
+                }
+                Ok(Request::Flush)
+            }
+            CMD_TRIM => {
+                allow_flags(header, 0)?;
+                // The protocol calls a trim beyond the end invalid, where a write would be out of space.
+                let range =
+                    in_disk(header, geometry, Operation::Write).map_err(|refusal| match refusal.errno {
+                        Errno::NoSpc => Refusal { errno: Errno::Inval, ..refusal },
+                        _ => refusal,
+                    })?;
+                // A hint: parts of sectors at its ends stay as they are.
+                Ok(Request::Trim { range: range.shrink_to(SECTOR_BYTES), durability: durability(header) })
+            }
+            CMD_WRITE_ZEROES => {
+                allow_flags(header, CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO)?;
+                let range = in_disk(header, geometry, Operation::Write)?;
+                if header.flags & CMD_FLAG_FAST_ZERO != 0 && !range.is_aligned(SECTOR_BYTES) {
+                    return Err(Refusal::new(Errno::NotSup, "parts of sectors are not zeroed fast"));
+                }
+                Ok(Request::WriteZeroes { range, durability: durability(header) })
+            }
+            CMD_CACHE => {
+                allow_flags(header, 0)?;
+                Ok(Request::Cache { range: in_disk(header, geometry, Operation::Read)? })
+            }
+            CMD_BLOCK_STATUS => {
+                allow_flags(header, CMD_FLAG_REQ_ONE)?;
+                if self.negotiated.block_status == BlockStatus::NotSelected {
+                    return Err(Refusal::invalid("no metadata context was selected"));
+                }
+                if header.len_bytes == 0 {
+                    return Err(Refusal::invalid("block status of nothing"));
+                }
+                let range = in_disk(header, geometry, Operation::Read)?;
+                let one = header.flags & CMD_FLAG_REQ_ONE != 0;
+                Ok(Request::BlockStatus { range, extents_max: if one { 1 } else { EXTENTS_MAX } })
+            }
+            _ => Err(Refusal::invalid("unknown command")),
+        }
+    }
+}
+
+impl Refusal {
+    /// An error of the disk, as the client is told.
+    pub fn of(error: &BlockError, operation: Operation) -> Self {
+        Self { errno: Errno::of(error, operation), message: error.to_string() }
+    }
+
+    fn new(errno: Errno, message: &str) -> Self {
+        Self { errno, message: message.to_owned() }
+    }
+
+    fn invalid(message: &str) -> Self {
+        Self::new(Errno::Inval, message)
+    }
+}
+
+fn gather(left: ByteRange, piece_bytes_max: usize) -> State {
+    let max = piece_bytes_max as u64;
+    let len = if left.len() <= max { left.len() } else { max - left.start() % max };
+    let piece_len = crate::geometry::len_of(len);
+    State::Payload { piece: BytesMut::with_capacity(piece_len), piece_len, left, piece_bytes_max }
+}
+
+fn durability(header: &RequestHeader) -> Durability {
+    if header.flags & CMD_FLAG_FUA == 0 { Durability::Acknowledged } else { Durability::Flushed }
+}
+
+/// FUA goes with every command: clients are known to send it with reads.
+fn allow_flags(header: &RequestHeader, allowed: u16) -> Result<(), Refusal> {
+    if header.flags & !(allowed | CMD_FLAG_FUA) == 0 {
+        Ok(())
+    } else {
+        Err(Refusal::invalid("a flag that this command does not have, or that was not negotiated"))
+    }
+}
+
+fn bounded_payload(header: &RequestHeader, errno: Errno) -> Result<(), Refusal> {
+    if header.len_bytes <= PAYLOAD_BYTES_MAX {
+        Ok(())
+    } else {
+        Err(Refusal::new(errno, "the request is longer than the largest payload"))
+    }
+}
+
+fn in_disk(header: &RequestHeader, geometry: &Geometry, operation: Operation) -> Result<ByteRange, Refusal> {
+    check(header.offset_bytes, u64::from(header.len_bytes), geometry, operation)
+        .map_err(|error| Refusal::of(&error, operation))
+}
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
