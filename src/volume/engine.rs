@@ -10,7 +10,7 @@ use crate::store::{ETag, Expect, GetRange, Key, ObjectStore, StoreError};
 use crate::volume::cache::CleanCache;
 use crate::volume::head::{SMALL_OBJECT_BYTES_MAX, SmallObject, keys};
 use crate::volume::ids::{ContentHash, FileId, Incarnation, NodeId, Nonce, ObjectHash, ObjectId, PoolId, Uid};
-use crate::volume::load::Flights;
+use crate::volume::load::{Flights, Lost};
 use crate::volume::map::{Map, MapRef};
 use crate::volume::pack::{PackIndex, PackRef};
 use crate::volume::pressure::Pressure;
@@ -89,6 +89,9 @@ pub enum EngineError {
     /// The volume stopped.
     #[error("{0}")]
     Stopped(String),
+    /// An image from outside cannot be read.
+    #[error("{0}")]
+    Source(String),
 }
 
 impl From<StoreError> for EngineError {
@@ -102,6 +105,12 @@ impl From<StoreError> for EngineError {
             StoreError::NoSpace(_) => Self::NoSpace(text),
             StoreError::Invalid { .. } => Self::Corrupt(text),
         }
+    }
+}
+
+impl From<Lost> for EngineError {
+    fn from(lost: Lost) -> Self {
+        Self::Unavailable(lost.to_string())
     }
 }
 
