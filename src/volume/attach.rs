@@ -119,17 +119,11 @@ fn disk(what: &'static str) -> impl FnOnce(std::io::Error) -> EngineError {
 }
 
 /// Swaps the head to this incarnation: from here on no swap of a killed process can land any more.
-async fn own(
-    engine: &Arc<Engine>,
-    name: &str,
-    head: Head,
-    etag: ETag,
-) -> Result<HeldHead, EngineError> {
+async fn own(engine: &Arc<Engine>, name: &str, head: Head, etag: ETag) -> Result<HeldHead, EngineError> {
     let key = keys::volume(name);
     let (mut head, mut etag) = (head, etag);
     loop {
-        let owner =
-            Owner { node: engine.identity.node, incarnation: engine.identity.incarnation };
+        let owner = Owner { node: engine.identity.node, incarnation: engine.identity.incarnation };
         let mut next = head.clone();
         next.nonce = engine.nonce();
         if next.owner.is_some() {
@@ -170,11 +164,7 @@ fn ensure_record(head: &mut Head) {
     }
 }
 
-async fn recover(
-    engine: &Arc<Engine>,
-    held: HeldHead,
-    found: Vec<Found>,
-) -> Result<Attached, EngineError> {
+async fn recover(engine: &Arc<Engine>, held: HeldHead, found: Vec<Found>) -> Result<Attached, EngineError> {
     let (head, uid) = (&held.head, held.head.uid);
     let base = BaseMap::open(engine, head.map, head.size_bytes).await?;
     let (mut replayed, mut orphans, mut removed) = (Vec::new(), Vec::new(), Vec::new());
@@ -270,8 +260,7 @@ async fn remove_stray_maps(
     kept: impl Iterator<Item = &Arc<Epoch>>,
 ) -> Result<(), EngineError> {
     let kept: Vec<String> = kept.map(|epoch| epoch.header().live_path().path).collect();
-    let names =
-        engine.disk.list(DiskPath::runtime("live")).await.map_err(disk("list live maps"))?;
+    let names = engine.disk.list(DiskPath::runtime("live")).await.map_err(disk("list live maps"))?;
     let prefix = format!("{uid}-");
     for name in names.into_iter().filter(|name| name.starts_with(&prefix)) {
         let path = DiskPath::runtime(format!("live/{name}"));

@@ -110,11 +110,7 @@ impl BaseMap {
     ///
     /// # Errors
     /// `Unavailable`, `Corrupt`.
-    pub async fn load(
-        &self,
-        engine: &Arc<Engine>,
-        block: BlockIndex,
-    ) -> Result<Option<Bytes>, EngineError> {
+    pub async fn load(&self, engine: &Arc<Engine>, block: BlockIndex) -> Result<Option<Bytes>, EngineError> {
         let Some(location) = self.locate(engine, block).await? else { return Ok(None) };
         load_block(engine, location).await.map(Some)
     }

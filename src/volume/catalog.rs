@@ -115,7 +115,10 @@ impl NewVolume {
         if same {
             return Ok(Some(head));
         }
-        Err(EngineError::Conflict(format!("a volume called {} exists already, and is another one", self.name)))
+        Err(EngineError::Conflict(format!(
+            "a volume called {} exists already, and is another one",
+            self.name
+        )))
     }
 
     /// The size over `base`.
@@ -188,10 +191,12 @@ async fn put_head(
     let key = keys::volume(&new.name);
     match engine.swap_settled(&key, Expect::Absent, head.encode(), patience).await {
         Ok(etag) => Ok((Made::Now(head), Some(etag))),
-        Err(EngineError::Conflict(reason)) => match new.find(engine, base.map(|base| base.from.as_str())).await? {
-            Some(head) => Ok((Made::Already(head), None)),
-            None => Err(EngineError::Conflict(reason)),
-        },
+        Err(EngineError::Conflict(reason)) => {
+            match new.find(engine, base.map(|base| base.from.as_str())).await? {
+                Some(head) => Ok((Made::Already(head), None)),
+                None => Err(EngineError::Conflict(reason)),
+            }
+        }
         Err(error) => Err(error),
     }
 }
@@ -321,11 +326,8 @@ async fn name_source(
     source: &str,
     map: Option<MapRef>,
 ) -> Result<Key, EngineError> {
-    let entry = TrashObject {
-        name: source.to_owned(),
-        at: engine.clock.wall(),
-        root: TrashRoot::ForkSource { map },
-    };
+    let entry =
+        TrashObject { name: source.to_owned(), at: engine.clock.wall(), root: TrashRoot::ForkSource { map } };
     let key = keys::trash(uid, engine.random());
     put_fixed(engine, &key, entry.encode()).await?;
     Ok(key)
@@ -516,7 +518,9 @@ pub(super) async fn put_fixed(engine: &Engine, key: &Key, bytes: Bytes) -> Resul
             match found {
                 Ok(found) if found.bytes == bytes => Ok(()),
                 Ok(_) => Err(EngineError::Conflict(format!("{key} is there already"))),
-                Err(error) => Err(EngineError::Unclear(format!("it is not known whether {key} was made: {error}"))),
+                Err(error) => {
+                    Err(EngineError::Unclear(format!("it is not known whether {key} was made: {error}")))
+                }
             }
         }
         Err(error) if unsettled => {

@@ -9,6 +9,7 @@ use crate::disk::DiskPath;
 use crate::geometry::{BLOCK_LEN, BlockIndex, ByteRange, block_count, len_of};
 use crate::mutant::{self, Mutant};
 use crate::store::{ETag, Expect, Key};
+use crate::volume::Volume;
 use crate::volume::base::{BaseMap, load_block};
 use crate::volume::engine::{Engine, EngineError, Stamps};
 use crate::volume::epoch::{Epoch, EpochHeader};
@@ -18,9 +19,8 @@ use crate::volume::layers::{Layers, Where, resolve};
 use crate::volume::map::{Fold, Map, MapRef, should_fold};
 use crate::volume::pack::{EncodedBlock, PackBuilder, PackIndex, PackRef, encode_block};
 use crate::volume::pressure::Level;
-use crate::volume::segment::{SEGMENT_BLOCKS, segment_of};
 use crate::volume::sector_map;
-use crate::volume::Volume;
+use crate::volume::segment::{SEGMENT_BLOCKS, segment_of};
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt, TryStreamExt};
@@ -158,11 +158,8 @@ impl Destager {
         next_number: u64,
     ) -> DestagerHandle {
         let (requests, receiver) = mpsc::channel(64);
-        let handle = DestagerHandle {
-            requests,
-            abandon: CancellationToken::new(),
-            done: CancellationToken::new(),
-        };
+        let handle =
+            DestagerHandle { requests, abandon: CancellationToken::new(), done: CancellationToken::new() };
         let stamps = Stamps::new(held.head.uid, held.head.term, held.head.floor);
         let key = keys::volume(&held.name);
         let destager = Self { engine, volume, key, held, standby: None, stamps, next_number };
@@ -194,8 +191,7 @@ impl Destager {
             let layers = self.volume.layers.load_full();
             let pressed = *levels.borrow_and_update() >= Level::Commit;
             let threshold = self.engine.config.commit_dirty_bytes / if pressed { 16 } else { 1 };
-            let due_at =
-                layers.active.first_dirty().map(|first| first + self.engine.config.commit_age);
+            let due_at = layers.active.first_dirty().map(|first| first + self.engine.config.commit_age);
             let due = !layers.frozen.is_empty()
                 || layers.active.dirty_bytes() >= threshold.max(1)
                 || due_at.is_some_and(|at| at <= self.engine.clock.now());
@@ -234,9 +230,9 @@ impl Destager {
         let _gone = match request {
             Request::Commit { reply } => reply.send(Err(error())).is_err(),
             Request::Snapshot { reply, .. } => reply.send(Err(error())).is_err(),
-            Request::Resize { reply, .. }
-            | Request::WithHead { reply, .. }
-            | Request::Release { reply } => reply.send(Err(error())).is_err(),
+            Request::Resize { reply, .. } | Request::WithHead { reply, .. } | Request::Release { reply } => {
+                reply.send(Err(error())).is_err()
+            }
         };
     }
 
@@ -411,8 +407,7 @@ impl Destager {
         if mutant::on(Mutant::CommittedOneByOne) {
             group.truncate(1);
         }
-        let unchanged =
-            change.size_bytes.is_none() && !change.take_snapshot_number && !change.release;
+        let unchanged = change.size_bytes.is_none() && !change.take_snapshot_number && !change.release;
         if group.is_empty() && unchanged {
             return Ok(());
         }
@@ -490,7 +485,8 @@ impl Destager {
                 }
                 Err(EngineError::Conflict(_)) => {
                     // Nobody but the owner changes a head: it has another owner by now, or was deleted.
-                    let reason = "another node has taken it over, or it was deleted; what was not committed is kept";
+                    let reason =
+                        "another node has taken it over, or it was deleted; what was not committed is kept";
                     self.volume.stop(reason);
                     return Err(EngineError::Conflict(format!("volume {}: {reason}", self.held.name)));
                 }
@@ -613,7 +609,11 @@ pub(super) async fn put_if_full(
     put_pack(engine, std::mem::replace(builder, next), packed).await
 }
 
-pub(super) async fn put_pack(engine: &Engine, builder: PackBuilder, packed: &mut Packed) -> Result<(), EngineError> {
+pub(super) async fn put_pack(
+    engine: &Engine,
+    builder: PackBuilder,
+    packed: &mut Packed,
+) -> Result<(), EngineError> {
     let (bytes, reference, index) = engine.offload.run(move || builder.finish()).await;
     let index = Arc::new(index);
     let key = keys::pack(&reference.id);
@@ -631,7 +631,9 @@ pub(super) async fn put_pack(engine: &Engine, builder: PackBuilder, packed: &mut
 /// Writes the record of a volume's base. Without it only orphans are harder to place, so a failure is a warning.
 pub async fn write_base_record(engine: &Engine, record: &BaseRecord) {
     let bytes = serde_json::to_vec_pretty(record).expect("plain data serialises");
-    if let Err(error) = engine.disk.write_small(BaseRecord::path(&record.uid, record.term), Bytes::from(bytes)).await {
+    if let Err(error) =
+        engine.disk.write_small(BaseRecord::path(&record.uid, record.term), Bytes::from(bytes)).await
+    {
         log::warn!("cannot note the last commit of {} in the state directory: {error}", record.name);
     }
 }

@@ -9,7 +9,9 @@ use crate::offload::Offload;
 use crate::store::{ETag, Expect, GetRange, Key, ObjectStore, StoreError};
 use crate::volume::cache::CleanCache;
 use crate::volume::head::{SMALL_OBJECT_BYTES_MAX, SmallObject, keys};
-use crate::volume::ids::{ContentHash, FileId, Incarnation, NodeId, Nonce, ObjectHash, ObjectId, PoolId, Uid};
+use crate::volume::ids::{
+    ContentHash, FileId, Incarnation, NodeId, Nonce, ObjectHash, ObjectId, PoolId, Uid,
+};
 use crate::volume::load::{Flights, Lost};
 use crate::volume::map::{Map, MapRef};
 use crate::volume::pack::{PackIndex, PackRef};
@@ -356,10 +358,7 @@ impl Engine {
             return Ok(index);
         }
         let key = keys::pack(&reference.id);
-        let range = GetRange::Span {
-            start: reference.data_bytes(),
-            len: u64::from(reference.footer_bytes),
-        };
+        let range = GetRange::Span { start: reference.data_bytes(), len: u64::from(reference.footer_bytes) };
         let bytes = self.fetch(&key, range).await?;
         let named = *reference;
         let index = self
@@ -384,7 +383,11 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Engine::load_map`].
-    pub async fn load_segment(&self, index: u32, reference: &SegmentRef) -> Result<Arc<Segment>, EngineError> {
+    pub async fn load_segment(
+        &self,
+        index: u32,
+        reference: &SegmentRef,
+    ) -> Result<Arc<Segment>, EngineError> {
         if let Some(segment) = self.cached_segment(reference) {
             return Ok(segment);
         }

@@ -160,7 +160,9 @@ pub enum TrashRoot {
     Image(ImageObject),
     Snapshot(SnapshotObject),
     /// A map that a fork is about to name.
-    ForkSource { map: Option<MapRef> },
+    ForkSource {
+        map: Option<MapRef>,
+    },
 }
 
 /// A small object of a pool, and how much of it is believed.
@@ -464,7 +466,9 @@ mod tests {
         huge.size_bytes = u64::MAX - 511;
         assert!(Head::decode(&huge.encode()).is_err());
         let text = String::from_utf8(head(1, vec![]).encode().to_vec()).expect("JSON is text");
-        assert!(Head::decode(text.replace("\"map\": null", "\"map\": {\"id\":\"../../x\"}").as_bytes()).is_err());
+        assert!(
+            Head::decode(text.replace("\"map\": null", "\"map\": {\"id\":\"../../x\"}").as_bytes()).is_err()
+        );
         assert!(Head::decode(&vec![b' '; 70_000]).is_err());
         assert!(Head::decode(b"{").is_err());
     }

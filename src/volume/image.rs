@@ -4,7 +4,9 @@
 //! Does not own: the formats of sources ([`crate::volume::source`]), or how an import is watched (the node).
 
 use crate::block::read_at;
-use crate::geometry::{BLOCK_BYTES, BLOCK_LEN, BlockIndex, ByteRange, SECTOR_BYTES, VOLUME_BYTES_MAX, len_of};
+use crate::geometry::{
+    BLOCK_BYTES, BLOCK_LEN, BlockIndex, ByteRange, SECTOR_BYTES, VOLUME_BYTES_MAX, len_of,
+};
 use crate::store::{ETag, Expect};
 use crate::volume::base::BaseMap;
 use crate::volume::catalog::{delete_settled, read_image};
@@ -12,7 +14,7 @@ use crate::volume::destage::{MapDraft, Packed, put_pack};
 use crate::volume::engine::{Engine, EngineError, Stamps};
 use crate::volume::head::{ImageObject, Owner, SmallObject, check_name, check_size, keys};
 use crate::volume::ids::ContentHash;
-use crate::volume::map::{MapRef, MAP_BYTES_MAX};
+use crate::volume::map::{MAP_BYTES_MAX, MapRef};
 use crate::volume::pack::{EncodedBlock, PackBuilder, encode_block};
 use crate::volume::read_only::ReadOnlyDisk;
 use crate::volume::source::{Piece, RawSource, SourceError};
@@ -176,14 +178,15 @@ async fn upload(
     let end_bytes = cutter.position_bytes.clone();
     let level = engine.config.zstd_level;
     let offload = engine.offload;
-    let mut encoded = stream::try_unfold(cutter, |mut cutter| async move {
-        Ok::<_, EngineError>(cutter.next().await?.map(|block| (block, cutter)))
-    })
-    .map_ok(move |(block, content)| async move {
-        Ok(offload.run(move || (block, encode(&content, level))).await)
-    })
-    .try_buffered(BLOCKS_AT_ONCE)
-    .boxed();
+    let mut encoded =
+        stream::try_unfold(cutter, |mut cutter| async move {
+            Ok::<_, EngineError>(cutter.next().await?.map(|block| (block, cutter)))
+        })
+        .map_ok(move |(block, content)| async move {
+            Ok(offload.run(move || (block, encode(&content, level))).await)
+        })
+        .try_buffered(BLOCKS_AT_ONCE)
+        .boxed();
     let mut builder = PackBuilder::new(stamps.take(engine));
     let mut stored_bytes = 0;
     while let Some((block, content)) = encoded.try_next().await? {
@@ -271,7 +274,9 @@ impl Cutter {
             let (range, bytes) = match self.source.next().await? {
                 None => return Ok(self.open.take().map(|(block, content)| (block, content.freeze()))),
                 Some(Piece::Zeros(range)) => (range, None),
-                Some(Piece::Data(at, bytes)) => (ByteRange::checked(at, bytes.len() as u64).ok_or_else(out_of_order)?, Some(bytes)),
+                Some(Piece::Data(at, bytes)) => {
+                    (ByteRange::checked(at, bytes.len() as u64).ok_or_else(out_of_order)?, Some(bytes))
+                }
             };
             if range.start() < position {
                 return Err(out_of_order());

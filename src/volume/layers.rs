@@ -41,11 +41,7 @@ impl Layers {
 }
 
 /// As [`Layers::resolve`], over `epochs`, newest first.
-pub fn resolve<'a>(
-    epochs: &[&'a Arc<Epoch>],
-    range: ByteRange,
-    mut visit: impl FnMut(ByteRange, Where<'a>),
-) {
+pub fn resolve<'a>(epochs: &[&'a Arc<Epoch>], range: ByteRange, mut visit: impl FnMut(ByteRange, Where<'a>)) {
     // Which layer the stretch being gathered is from: an epoch's index, or one of the two below.
     const ZERO: usize = usize::MAX - 1;
     const BELOW: usize = usize::MAX;
@@ -93,7 +89,8 @@ pub fn resolve<'a>(
             gather(sector, *only);
         } else {
             for at in from..from + count {
-                let source = claims.iter().find(|(mask, _)| mask >> at & 1 == 1).map_or(BELOW, |claim| claim.1);
+                let source =
+                    claims.iter().find(|(mask, _)| mask >> at & 1 == 1).map_or(BELOW, |claim| claim.1);
                 gather(sector - from + at, source);
             }
         }

@@ -530,9 +530,9 @@ impl BlockHandler for VolumeHandler {
             Level::Fine | Level::Commit => {}
             Level::Slow | Level::Full => {
                 volume.check_running()?;
-                let pass = volume.slow_passes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |passes| {
-                    passes.checked_sub(1)
-                });
+                let pass = volume
+                    .slow_passes
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |passes| passes.checked_sub(1));
                 if pass.is_err() {
                     return Ok(None);
                 }

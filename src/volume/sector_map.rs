@@ -206,7 +206,8 @@ impl SectorMap {
     /// A map over `live`, of which `allocated` pages may say something. All of them count as changed.
     pub fn new(live: Arc<dyn SharedMap>, layout: MapLayout, allocated: &[usize]) -> Self {
         let bitmap = || (0..layout.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect::<Box<[_]>>();
-        let map = Self { live, layout, touched: bitmap(), changed: bitmap(), touched_pages: AtomicU64::new(0) };
+        let map =
+            Self { live, layout, touched: bitmap(), changed: bitmap(), touched_pages: AtomicU64::new(0) };
         for &page in allocated.iter().filter(|&&page| page > 0 && page < layout.pages()) {
             map.touched[page / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
             map.touched_pages.fetch_add(1, Ordering::Relaxed);
@@ -432,7 +433,11 @@ impl SectorMap {
     }
 
     /// Calls `visit` with the words of `blocks`, page by page, of the pages that were ever touched.
-    fn each_word_page(&self, blocks: std::ops::Range<u64>, mut visit: impl FnMut(&[AtomicU64], &AtomicU64, u64)) {
+    fn each_word_page(
+        &self,
+        blocks: std::ops::Range<u64>,
+        mut visit: impl FnMut(&[AtomicU64], &AtomicU64, u64),
+    ) {
         if blocks.is_empty() {
             return;
         }

@@ -112,7 +112,8 @@ impl Run {
             if !ours {
                 *stolen = true;
             } else if *stolen && head.owner.is_some() && head.term <= 1_000 {
-                oracle.fail(format!("P5: a head of term {} landed after the volume was taken over", head.term));
+                oracle
+                    .fail(format!("P5: a head of term {} landed after the volume was taken over", head.term));
             }
             match objects.content(head.map.as_ref(), head.size_bytes) {
                 Err(error) => oracle.fail(format!("P4: head cannot be read: {error}")),
@@ -120,15 +121,17 @@ impl Run {
             }
         });
         let judge = oracle.clone();
-        let on_snapshot = Arc::new(
-            move |objects: &Objects, snapshot: &blockhouse::volume::head::SnapshotObject| {
+        let on_snapshot =
+            Arc::new(move |objects: &Objects, snapshot: &blockhouse::volume::head::SnapshotObject| {
                 let mut oracle = judge.lock();
                 let head = objects.head(NAME).expect("a snapshot has a volume");
                 if head.next_snapshot <= snapshot.number || head.map != snapshot.map {
-                    oracle.fail(format!("G12: snapshot {} stands and the head does not know it", snapshot.number));
+                    oracle.fail(format!(
+                        "G12: snapshot {} stands and the head does not know it",
+                        snapshot.number
+                    ));
                 }
-            },
-        );
+            });
         let store = SimStore {
             world: world.clone(),
             objects: Arc::new(Mutex::new(Objects::default())),
@@ -473,7 +476,8 @@ fn run_world(seed: u64, show: bool) -> Outcome {
             .build()
             .expect("a runtime");
         let serving = runtime.block_on(async {
-            let life = tokio::time::timeout(Duration::from_secs(3600), live(&run, before, stats.clone(), last));
+            let life =
+                tokio::time::timeout(Duration::from_secs(3600), live(&run, before, stats.clone(), last));
             tokio::select! {
                 biased;
                 () = run.world.kill.notified() => true,

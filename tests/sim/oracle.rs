@@ -147,9 +147,9 @@ impl Oracle {
     fn ok(&self, sector: u64, value: u64, issued: u64, acked: u64) -> bool {
         let on: Vec<&Change> = self.changes.iter().filter(|change| change.covers(sector)).collect();
         let end = |write: &Change| {
-            let overlapping = on.iter().filter(|other| {
-                other.is_write() && other.start <= write.end && write.start <= other.end
-            });
+            let overlapping = on
+                .iter()
+                .filter(|other| other.is_write() && other.start <= write.end && write.start <= other.end);
             overlapping.map(|other| other.end).max().unwrap_or(0).max(write.end)
         };
         on.iter().any(|write| {
@@ -182,7 +182,9 @@ impl Oracle {
         let When::Between { issued, acked } = when;
         for (sector, value) in self.distinct(first, content) {
             if !self.ok(sector, value, issued, acked) {
-                self.fail(format!("{what}: sector {sector} = {value} (issued by {issued}, acknowledged by {acked})"));
+                self.fail(format!(
+                    "{what}: sector {sector} = {value} (issued by {issued}, acknowledged by {acked})"
+                ));
             }
         }
     }
@@ -191,7 +193,8 @@ impl Oracle {
     pub fn check_moment(&mut self, what: &str, content: &[u64], earliest: u64) {
         let pairs = self.distinct(0, content);
         let mut moments: BTreeSet<u64> = [earliest, self.now].into();
-        let ends = self.changes.iter().flat_map(|change| [change.start, change.end, change.end.saturating_sub(1)]);
+        let ends =
+            self.changes.iter().flat_map(|change| [change.start, change.end, change.end.saturating_sub(1)]);
         moments.extend(ends.filter(|&at| at >= earliest && at <= self.now));
         let mut nearest: Option<(usize, u64, u64, u64)> = None;
         for &moment in moments.iter().rev() {
@@ -202,7 +205,9 @@ impl Oracle {
                 nearest = Some((wrong.len(), moment, sector, value));
             }
         }
-        self.fail(format!("{what}: no moment since {earliest} fits; nearest (wrong, moment, sector, value): {nearest:?}"));
+        self.fail(format!(
+            "{what}: no moment since {earliest} fits; nearest (wrong, moment, sector, value): {nearest:?}"
+        ));
     }
 }
 

@@ -187,7 +187,9 @@ impl ObjectStore for SimStore {
         self.pause().await;
         let fate = self.fate();
         match fate {
-            Fate::Refused => return Err(StoreError::Unavailable { key: key.clone(), reason: "simulated".into() }),
+            Fate::Refused => {
+                return Err(StoreError::Unavailable { key: key.clone(), reason: "simulated".into() });
+            }
             Fate::LateNoAnswer | Fate::NothingNoAnswer => return Err(unclear(key)),
             Fate::Done | Fate::DoneNoAnswer => {}
         }
@@ -230,7 +232,9 @@ impl ObjectStore for SimStore {
         self.pause().await;
         let fate = self.fate();
         match fate {
-            Fate::Refused => return Err(StoreError::Unavailable { key: key.clone(), reason: "simulated".into() }),
+            Fate::Refused => {
+                return Err(StoreError::Unavailable { key: key.clone(), reason: "simulated".into() });
+            }
             Fate::NothingNoAnswer => return Err(unclear(key)),
             Fate::LateNoAnswer => {
                 self.objects.lock().late.push((key.clone(), expect, bytes));

@@ -177,8 +177,7 @@ impl World {
         state.in_flight.clear();
         state.maps.clear();
         state.boot = state.boot.wrapping_add(1).max(1);
-        let all: BTreeSet<DiskPath> =
-            state.names.keys().chain(state.durable_names.keys()).cloned().collect();
+        let all: BTreeSet<DiskPath> = state.names.keys().chain(state.durable_names.keys()).cloned().collect();
         for path in all {
             let (now, durable) = (state.names.get(&path).copied(), state.durable_names.get(&path).copied());
             if now != durable {
@@ -246,7 +245,8 @@ impl State {
             // A run of neighbours, as a disk would take them.
             let (at, sector) = dirty[self.rng.random_range(0..dirty.len())];
             let run = self.rng.random_range(1..40u64);
-            let fails = self.profile.bad_disk && self.rng.random_range(0..100) < if self.profile.evict { 10 } else { 1 };
+            let fails = self.profile.bad_disk
+                && self.rng.random_range(0..100) < if self.profile.evict { 10 } else { 1 };
             let sectors: Vec<u64> = self.inodes[at].dirty.range(sector..sector + run).copied().collect();
             for sector in sectors {
                 let inode = &mut self.inodes[at];
@@ -414,7 +414,8 @@ impl DiskFile for SimFile {
             let no_space = world.state.lock().profile.no_space;
             let fails = world.chance(no_space);
             let total = data.len() / 512;
-            let stop_at = if fails { usize::try_from(world.pick(total as u64 + 1)).expect("small") } else { total };
+            let stop_at =
+                if fails { usize::try_from(world.pick(total as u64 + 1)).expect("small") } else { total };
             for (at, bytes) in data.chunks_exact(512).enumerate().take(stop_at) {
                 world.state.lock().put(inode, first + at as u64, bytes);
                 if at % 64 == 63 {

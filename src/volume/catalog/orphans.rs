@@ -169,7 +169,8 @@ pub async fn recover(
 ) -> Result<Head, EngineError> {
     check_name(name).map_err(EngineError::Conflict)?;
     let missing = || EngineError::NotFound(format!("there is no orphan {}", id.escape_default()));
-    let orphan = orphans(engine, in_use).await?.into_iter().find(|orphan| orphan.id == id).ok_or_else(missing)?;
+    let orphan =
+        orphans(engine, in_use).await?.into_iter().find(|orphan| orphan.id == id).ok_or_else(missing)?;
     let record = read_record(engine, &orphan.uid, orphan.term).await.ok_or_else(|| {
         EngineError::Corrupt(format!(
             "the note of the commit that orphan {id} lies on is lost; its files are kept in {}",
@@ -252,7 +253,10 @@ async fn build(
         size_bytes,
         owner: None,
         from: Some(from.clone()),
-        description: Some(format!("recovered from writes to {} that were only on this node{warning}", orphan.volume)),
+        description: Some(format!(
+            "recovered from writes to {} that were only on this node{warning}",
+            orphan.volume
+        )),
         next_snapshot: 1,
         history: Vec::new(),
         created: now,
@@ -267,7 +271,10 @@ async fn build(
         Ok((old, etag))
             if old.from.as_deref() == Some(&*from)
                 && old.last_commit.is_none()
-                && old.owner.as_ref().is_some_and(|owner| engine.identity.ours.contains(&owner.incarnation)) =>
+                && old
+                    .owner
+                    .as_ref()
+                    .is_some_and(|owner| engine.identity.ours.contains(&owner.incarnation)) =>
         {
             Expect::State(etag)
         }

@@ -3,7 +3,9 @@
 //! Owns: reading snapshots; taking one of a detached volume; rollback.
 //! Does not own: snapshots of an attached volume (its destager takes them).
 
-use super::{Entry, HeadState, READS_AT_ONCE, check_detached, check_description, list_folder, put_fixed, read_volume};
+use super::{
+    Entry, HeadState, READS_AT_ONCE, check_description, check_detached, list_folder, put_fixed, read_volume,
+};
 use crate::store::Expect;
 use crate::volume::engine::{Engine, EngineError};
 use crate::volume::head::{Head, SmallObject, SnapshotObject, TermEnd, keys};
@@ -25,7 +27,9 @@ pub async fn read_snapshot(
 ) -> Result<SnapshotObject, EngineError> {
     match engine.read_small::<SnapshotObject>(&keys::snapshot(uid, number)).await {
         Ok((snapshot, _)) if snapshot.uid == *uid && snapshot.number == number => Ok(snapshot),
-        Ok(_) => Err(EngineError::Corrupt(format!("snapshot {volume}@{number} in the pool is another one's"))),
+        Ok(_) => {
+            Err(EngineError::Corrupt(format!("snapshot {volume}@{number} in the pool is another one's")))
+        }
         Err(EngineError::NotFound(_)) => {
             Err(EngineError::NotFound(format!("there is no snapshot {volume}@{number}")))
         }
@@ -125,7 +129,11 @@ async fn keep(
 async fn withdraw(engine: &Engine, snapshot: &SnapshotObject) {
     let key = keys::snapshot(&snapshot.uid, snapshot.number);
     if let Err(error) = engine.store.delete(&key).await {
-        log::warn!("snapshot {}@{} stays, though it was to be withdrawn: {error}", snapshot.volume, snapshot.number);
+        log::warn!(
+            "snapshot {}@{} stays, though it was to be withdrawn: {error}",
+            snapshot.volume,
+            snapshot.number
+        );
     }
 }
 

@@ -4,7 +4,8 @@
 //! Does not own: when an entry is swept.
 
 use super::{
-    Made, READS_AT_ONCE, check_detached, delete_settled, list_folder, past, put_fixed, read_image, read_volume,
+    Made, READS_AT_ONCE, check_detached, delete_settled, list_folder, past, put_fixed, read_image,
+    read_volume,
 };
 use crate::store::{Expect, Key};
 use crate::volume::engine::{Engine, EngineError};
@@ -34,7 +35,11 @@ pub enum Snapshots {
 ///
 /// # Errors
 /// `Conflict` if it is attached, has snapshots, or was changed meanwhile; `NotFound`, `Unavailable`, `Unclear`.
-pub async fn delete_volume(engine: &Engine, name: &str, snapshots: Snapshots) -> Result<Trashed, EngineError> {
+pub async fn delete_volume(
+    engine: &Engine,
+    name: &str,
+    snapshots: Snapshots,
+) -> Result<Trashed, EngineError> {
     let (head, etag) = read_volume(engine, name).await?;
     check_detached(name, &head)?;
     let numbers = past::snapshot_numbers(engine, &head.uid).await?;
@@ -226,9 +231,8 @@ async fn swap_in<T: SmallObject>(
 }
 
 async fn find(engine: &Engine, id_or_name: &str) -> Result<TrashObject, EngineError> {
-    let missing = || {
-        EngineError::NotFound(format!("the trash has nothing called {}", id_or_name.escape_default()))
-    };
+    let missing =
+        || EngineError::NotFound(format!("the trash has nothing called {}", id_or_name.escape_default()));
     if let Some(key) = key_of(id_or_name) {
         return match engine.read_small::<TrashObject>(&key).await {
             Ok((object, _)) => Ok(object),
