@@ -4,8 +4,8 @@
 mod node_place;
 
 use blockhouse::clock::Clock;
-use blockhouse::node::service::{Done, Refusal, Service};
 use blockhouse::node::Node;
+use blockhouse::node::service::{Done, Refusal, Service};
 use blockhouse::store::ObjectStore;
 use blockhouse::store::memory::MemoryStore;
 use futures::StreamExt;
@@ -95,7 +95,10 @@ async fn g8_a_volume_made_anew_has_nothing_of_the_one_before() {
     let back = node.undelete("vm-1", Some("vm-old")).await.unwrap();
     node.attach("vm-old").await.unwrap();
     assert!(holds(&node, "vm-old", 0, 9, 4096).await);
-    assert_eq!(node.undelete(&node.trash().await.unwrap()[0].id, Some("twice")).await.unwrap_err().refusal, Refusal::Conflict);
+    assert_eq!(
+        node.undelete(&node.trash().await.unwrap()[0].id, Some("twice")).await.unwrap_err().refusal,
+        Refusal::Conflict
+    );
     assert_eq!(back.name, "vm-old");
     stop(node).await;
 }
@@ -228,7 +231,10 @@ async fn an_image_comes_out_as_it_went_in_and_can_be_forked_larger() {
     assert!(holds(&node, "vm-1", 5_000_000, 0, 8 * MIB - 5_000_000).await);
     drop(vm);
     node.delete_image("debian").await.unwrap();
-    assert_eq!(node.create_volume("vm-2", fork("image:debian")).await.unwrap_err().refusal, Refusal::NotFound);
+    assert_eq!(
+        node.create_volume("vm-2", fork("image:debian")).await.unwrap_err().refusal,
+        Refusal::NotFound
+    );
     node.undelete("debian", None).await.unwrap();
     node.create_volume("vm-2", fork("image:debian")).await.unwrap();
     stop(node).await;
@@ -283,7 +289,11 @@ async fn g20_a_create_that_fails_at_any_step_leaves_the_name_free_and_the_retry_
                         break;
                     }
                     Err(error) if error.refusal == Refusal::Unavailable => {
-                        assert_eq!(node.volume(&name).await.unwrap_err().refusal, Refusal::NotFound, "{error}");
+                        assert_eq!(
+                            node.volume(&name).await.unwrap_err().refusal,
+                            Refusal::NotFound,
+                            "{error}"
+                        );
                         let again = node.create_volume(&name, request).await.unwrap();
                         assert!(matches!(again, Done::Now(_)));
                     }

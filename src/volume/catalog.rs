@@ -271,18 +271,19 @@ pub async fn fork_of_volume(
             return Ok(made);
         };
         // Nobody holds the source's head here: if it moved, its old map may be gone before the fork named it.
-        match read_volume(engine, source).await {
+        let outcome = match read_volume(engine, source).await {
             Ok((now, _)) if now.uid == head.uid && now.map == head.map => return Ok(made),
-            Ok(_) | Err(EngineError::NotFound(_)) => {
-                delete_settled(engine, &keys::volume(&new.name), etag, &fork.uid).await?;
-                forget(engine, &entry).await;
-            }
-            Err(error) => {
-                delete_settled(engine, &keys::volume(&new.name), etag, &fork.uid).await?;
-                forget(engine, &entry).await;
-                return Err(error);
-            }
+            Ok(_) | Err(EngineError::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = delete_settled(engine, &keys::volume(&new.name), etag, &fork.uid).await {
+            return Err(EngineError::Unclear(format!(
+                "volume {} was made, but not checked against its source: {error}",
+                new.name
+            )));
         }
+        forget(engine, &entry).await;
+        outcome?;
     }
     Err(EngineError::Conflict(format!("volume {source} changes all the time: fork a snapshot of it")))
 }

@@ -63,7 +63,9 @@ pub async fn open(node: &Node, name: &str) -> OpenExport {
 pub async fn write(node: &Node, name: &str, offset_bytes: u64, fill: u8, len: usize) {
     let export = open(node, name).await;
     let data = Bytes::from(vec![fill; len]);
-    write_at(&*export.handler, offset_bytes, data, Durability::Acknowledged).await.expect("the write is taken");
+    write_at(&*export.handler, offset_bytes, data, Durability::Acknowledged)
+        .await
+        .expect("the write is taken");
 }
 
 pub async fn read(handler: &dyn BlockHandler, offset_bytes: u64, len: u64) -> Bytes {
