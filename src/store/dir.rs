@@ -60,11 +60,18 @@ pub struct DirConfig {
     pub operations_max: usize,
     /// Space set aside for swaps and deletes on a full disk.
     pub reserve_bytes: u64,
+    /// Top folders whose fixed objects may use it too: what has to be written before something can be deleted.
+    pub reserve_folders: Vec<String>,
 }
 
 impl Default for DirConfig {
     fn default() -> Self {
-        Self { if_missing: IfMissing::Fail, operations_max: 64, reserve_bytes: 4 << 20 }
+        Self {
+            if_missing: IfMissing::Fail,
+            operations_max: 64,
+            reserve_bytes: 4 << 20,
+            reserve_folders: vec!["trash".into()],
+        }
     }
 }
 
@@ -78,6 +85,7 @@ pub struct DirStore {
 struct Shared {
     files: Files,
     reserve: Reserve,
+    reserve_folders: Vec<String>,
 }
 
 impl DirStore {
@@ -165,7 +173,7 @@ impl Shared {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let files = Files::open(rustix::fs::open(root, flags, Mode::empty())?)?;
         let reserve = Reserve::open(files.root.as_fd(), config.reserve_bytes);
-        Ok(Self { files, reserve })
+        Ok(Self { files, reserve, reserve_folders: config.reserve_folders.clone() })
     }
 
     fn get(&self, key: &Key, range: GetRange) -> Result<Object, StoreError> {
@@ -208,7 +216,15 @@ impl Shared {
     }
 
     fn put_new(&self, key: &Key, bytes: &[u8]) -> Result<(), StoreError> {
+        let (segments, _) = split(key);
+        if segments.first().is_some_and(|top| self.reserve_folders.iter().any(|folder| folder == top)) {
+            return self.reserve.run(self.files.root.as_fd(), || self.put_fixed(key, bytes));
+        }
         let _gate = self.reserve.stay_out();
+        self.put_fixed(key, bytes)
+    }
+
+    fn put_fixed(&self, key: &Key, bytes: &[u8]) -> Result<(), StoreError> {
         let nothing_done = |fault: Fault| fault.of(key, Effect::None);
         let perhaps_done = |fault: Fault| fault.of(key, Effect::Perhaps);
         let (segments, name) = split(key);

@@ -122,10 +122,11 @@ impl BaseMap {
 /// `Unavailable`, `Corrupt`.
 pub async fn load_block(engine: &Arc<Engine>, location: BlockLocation) -> Result<Bytes, EngineError> {
     let hash = location.stored.hash;
-    if let Some(pinned) = engine.cache.get(&hash)
-        && let Ok(block) = pinned.file().read_at(pinned.offset_bytes(), BLOCK_LEN).await
-    {
-        return Ok(block);
+    if let Some(pinned) = engine.cache.get(&hash) {
+        match pinned.file().read_at(pinned.offset_bytes(), BLOCK_LEN).await {
+            Ok(block) => return Ok(block),
+            Err(_) => pinned.discard(),
+        }
     }
     let fetching = engine.clone();
     engine.flights.join(hash, move || Box::pin(fetch_block(fetching, location))).await

@@ -20,13 +20,15 @@ use crate::geometry::{BLOCK_BYTES, BLOCK_LEN};
 use crate::offload::Offload;
 use bytes::Bytes;
 use files::NO_HASH;
+use futures::FutureExt;
+use futures::future::Shared;
 use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// Inserts that hold a block in memory: 32 MiB. Beyond it a block is not kept.
 const INSERTS_MAX: usize = 256;
@@ -89,7 +91,7 @@ struct State {
     /// Failed when they were filled, the longest ago first.
     failed: VecDeque<u32>,
     /// Content that is being filled or checked: whoever else wants to waits for the sender to go.
-    busy: HashMap<ContentHash, watch::Receiver<()>>,
+    busy: HashMap<ContentHash, Shared<oneshot::Receiver<()>>>,
     /// The disk is full or nearly so: slots that were never filled are left alone.
     cautious: bool,
     /// The last insert failed, and not for want of space: good slots are not given up for more such attempts.
@@ -250,7 +252,7 @@ impl CleanCache {
     /// Safe.
     pub async fn revive(self: &Arc<Self>, hash: &ContentHash) -> Option<(Pinned, Bytes)> {
         let (pinned, turn) = loop {
-            let mut other = {
+            let other = {
                 let mut state = self.state.lock();
                 if let Some(pinned) = self.pin_checked(&mut state, hash) {
                     break (pinned, None);
@@ -263,7 +265,8 @@ impl CleanCache {
                     }
                 }
             };
-            gone(&mut other).await;
+            // Ends when the other's turn is dropped; how, does not matter.
+            let _over = other.await.is_err();
         };
         let read = self.blocks.read_at(pinned.offset_bytes(), BLOCK_LEN).await;
         let expected = *hash;
@@ -312,7 +315,7 @@ impl CleanCache {
             return None;
         };
         let fill = loop {
-            let mut other = {
+            let other = {
                 let mut state = self.state.lock();
                 if let Some(pinned) = self.pin_checked(&mut state, &hash) {
                     return Some(pinned);
@@ -322,7 +325,8 @@ impl CleanCache {
                     None => break self.begin_fill(&mut state, hash, permit)?,
                 }
             };
-            gone(&mut other).await;
+            // Ends when the other's turn is dropped; how, does not matter.
+            let _over = other.await.is_err();
         };
         // On a task of its own: the slot is this write's until it is over, whoever still waits for it.
         tokio::spawn(fill.run(block)).await.ok().flatten()
@@ -410,22 +414,17 @@ impl CleanCache {
     }
 }
 
-/// Resolves when the sender is gone.
-async fn gone(other: &mut watch::Receiver<()>) {
-    while other.changed().await.is_ok() {}
-}
-
 /// The only one that fills or checks some content, until dropped.
 struct Turn {
     cache: Arc<CleanCache>,
     hash: ContentHash,
-    _ends: watch::Sender<()>,
+    _ends: oneshot::Sender<()>,
 }
 
 impl Turn {
     fn take(cache: &Arc<CleanCache>, state: &mut State, hash: ContentHash) -> Self {
-        let (ends, others) = watch::channel(());
-        state.busy.insert(hash, others);
+        let (ends, others) = oneshot::channel();
+        state.busy.insert(hash, others.shared());
         Self { cache: cache.clone(), hash, _ends: ends }
     }
 }

@@ -498,9 +498,8 @@ impl Destager {
     async fn check_write_back(&self, group: &[Arc<Epoch>]) -> Result<(), EngineError> {
         for epoch in group {
             if !mutant::on(Mutant::NoWriteBackCheck)
-                && let Err(error) = epoch.file().check_write_back().await
+                && let Err(error) = epoch.check_write_back().await
             {
-                epoch.mark_failed();
                 self.volume.stop(format!("writing its local data to the disk failed: {error}"));
             }
         }

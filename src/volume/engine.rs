@@ -96,6 +96,12 @@ pub enum EngineError {
     Source(String),
 }
 
+impl From<Lost> for EngineError {
+    fn from(lost: Lost) -> Self {
+        Self::Unavailable(format!("a fetch ended early: {lost}"))
+    }
+}
+
 impl From<StoreError> for EngineError {
     fn from(error: StoreError) -> Self {
         let text = error.to_string();
@@ -107,12 +113,6 @@ impl From<StoreError> for EngineError {
             StoreError::NoSpace(_) => Self::NoSpace(text),
             StoreError::Invalid { .. } => Self::Corrupt(text),
         }
-    }
-}
-
-impl From<Lost> for EngineError {
-    fn from(lost: Lost) -> Self {
-        Self::Unavailable(lost.to_string())
     }
 }
 

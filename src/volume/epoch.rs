@@ -195,6 +195,9 @@ pub struct Epoch {
     /// Bytes written or zeroed, overwrites counted again.
     dirty_bytes: AtomicU64,
     first_dirty: OnceLock<tokio::time::Instant>,
+    /// Held by whoever asks the file for errors: an error is told once, and whoever is told must have noted it before
+    /// the next one asks.
+    error_turn: tokio::sync::Mutex<()>,
     /// Hash of each map page as it is in the flushed map, of those that this process wrote.
     flushed_pages: Mutex<BTreeMap<usize, [u8; 32]>>,
 }
@@ -308,6 +311,7 @@ impl Epoch {
             synced: AtomicU64::new(0),
             dirty_bytes: AtomicU64::new(0),
             first_dirty: OnceLock::new(),
+            error_turn: tokio::sync::Mutex::new(()),
             flushed_pages: Mutex::new(BTreeMap::new()),
         }
     }
@@ -490,6 +494,22 @@ impl Epoch {
         Ok(())
     }
 
+    /// Whether everything read from its file so far was what was written to it. A failure is noted for good.
+    ///
+    /// # Errors
+    /// The write-back error that turned up, now or before.
+    pub async fn check_write_back(&self) -> io::Result<()> {
+        let _turn = self.error_turn.lock().await;
+        let result = self.file().check_write_back().await;
+        if result.is_err() {
+            self.mark_failed();
+        }
+        if self.has_failed() {
+            return result.and(Err(io::Error::other("a sync of it failed before")));
+        }
+        result
+    }
+
     async fn sync(&self) -> Result<(), FlushError> {
         self.mark(|marks| marks | live::RUNNING);
         match self.file().sync_data().await {
@@ -513,6 +533,11 @@ impl Epoch {
     /// # Errors
     /// See [`FlushError`].
     pub async fn flush(&self) -> Result<(), FlushError> {
+        let _turn = self.error_turn.lock().await;
+        // Whoever waited for a sync that failed must not sync again: the next one would succeed.
+        if self.has_failed() {
+            return Err(FlushError::Failed(io::Error::other("a sync of it failed before")));
+        }
         let written = self.written.load(Ordering::SeqCst);
         if written == self.synced.load(Ordering::SeqCst) {
             return Ok(());

@@ -9,18 +9,19 @@ use crate::volume::Volume;
 use crate::volume::epoch::FlushError;
 use parking_lot::Mutex;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::oneshot;
 
-type Outcome = Option<Result<(), BlockError>>;
+type Asker = oneshot::Sender<Result<(), BlockError>>;
 
-/// The flush that runs, and the one that has not started.
+/// Who waits for the flush that runs, and who for the one that has not started.
 #[derive(Default)]
 pub struct FlushQueue(Mutex<Queue>);
 
 #[derive(Default)]
 struct Queue {
-    running: Option<watch::Receiver<Outcome>>,
-    waiting: Option<watch::Receiver<Outcome>>,
+    running: bool,
+    current: Vec<Asker>,
+    waiting: Vec<Asker>,
 }
 
 /// Makes everything acknowledged before the call durable.
@@ -32,63 +33,40 @@ struct Queue {
 /// The flush goes on.
 pub async fn flush(volume: &Arc<Volume>) -> Result<(), BlockError> {
     volume.check_running()?;
-    let mut outcome = join(volume);
-    match outcome.wait_for(Option::is_some).await {
-        Ok(result) => result.clone().unwrap_or(Ok(())),
-        Err(_) => Err(BlockError::Stopped("the daemon is stopping".into())),
-    }
-}
-
-/// Joins a flush that has not started: one that runs may have looked at the counts before this call's writes.
-fn join(volume: &Arc<Volume>) -> watch::Receiver<Outcome> {
-    let mut queue = volume.flushes.0.lock();
-    if mutant::on(Mutant::JoinRunningFlush)
-        && let Some(running) = &queue.running
-    {
-        return running.clone();
-    }
-    if let Some(waiting) = &queue.waiting {
-        return waiting.clone();
-    }
-    let (sender, receiver) = watch::channel(None);
-    if queue.running.is_some() {
-        queue.waiting = Some(receiver.clone());
-    } else {
-        queue.running = Some(receiver.clone());
-    }
-    let started = queue.waiting.is_none();
-    drop(queue);
-    if started {
-        tokio::spawn(run(volume.clone(), sender));
-    } else {
-        // Its turn comes when the one that runs is done; whoever asked first keeps the sender until then.
-        tokio::spawn(run_after(volume.clone(), sender));
-    }
-    receiver
-}
-
-async fn run_after(volume: Arc<Volume>, sender: watch::Sender<Outcome>) {
-    let running = volume.flushes.0.lock().running.clone();
-    if let Some(mut running) = running {
-        // A closed channel is a flush that is over, too.
-        drop(running.wait_for(Option::is_some).await);
-    }
-    {
+    let (asker, answer) = oneshot::channel();
+    let idle = {
         let mut queue = volume.flushes.0.lock();
-        queue.running = queue.waiting.take();
+        // Never one that runs: it may have looked at the counts before this call's writes.
+        if queue.running && mutant::on(Mutant::JoinRunningFlush) {
+            queue.current.push(asker);
+        } else {
+            queue.waiting.push(asker);
+        }
+        !std::mem::replace(&mut queue.running, true)
+    };
+    if idle {
+        tokio::spawn(run(volume.clone()));
     }
-    run(volume, sender).await;
+    answer.await.unwrap_or_else(|_| Err(BlockError::Stopped("the daemon is stopping".into())))
 }
 
-async fn run(volume: Arc<Volume>, sender: watch::Sender<Outcome>) {
-    let result = flush_epochs(&volume).await;
-    {
-        let mut queue = volume.flushes.0.lock();
-        if queue.waiting.is_none() {
-            queue.running = None;
+async fn run(volume: Arc<Volume>) {
+    loop {
+        {
+            let mut queue = volume.flushes.0.lock();
+            queue.current = std::mem::take(&mut queue.waiting);
+            if queue.current.is_empty() {
+                queue.running = false;
+                return;
+            }
+        }
+        let result = flush_epochs(&volume).await;
+        let askers = std::mem::take(&mut volume.flushes.0.lock().current);
+        for asker in askers {
+            // One that has gone away needs no answer.
+            let _gone = asker.send(result.clone()).is_err();
         }
     }
-    sender.send_replace(Some(result));
 }
 
 async fn flush_epochs(volume: &Arc<Volume>) -> Result<(), BlockError> {

@@ -3,20 +3,23 @@
 //! Owns: [`Flights`].
 //! Does not own: what is fetched, from where, or where it is kept.
 
+use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::future::Shared;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::Hash;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::oneshot;
 
 /// One piece of work for each key, however many ask for it at the same time.
 pub struct Flights<K: Eq + Hash, V, E> {
     in_the_air: Arc<Board<K, V, E>>,
 }
 
-type Board<K, V, E> = Mutex<HashMap<K, watch::Receiver<Option<Result<V, E>>>>>;
+// Shared, and not a watch: that one wakes its waiters in an order of chance, and a simulation has to be repeatable.
+type Board<K, V, E> = Mutex<HashMap<K, Shared<oneshot::Receiver<Result<V, E>>>>>;
 
 /// The work panicked, or the daemon is stopping: there is no result, and asking again starts afresh.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -67,15 +70,20 @@ where
     {
         let mut make = Some(make);
         loop {
-            let (mut result, start) = {
+            let (result, start) = {
                 let mut board = self.in_the_air.lock();
                 match board.get(&key) {
                     Some(result) => (result.clone(), None),
                     None => {
                         let Some(make) = make.take() else { return Err(Lost.into()) };
-                        let (sender, result) = watch::channel(None);
+                        let (sender, result) = oneshot::channel();
+                        let result = result.shared();
                         board.insert(key.clone(), result.clone());
-                        let landing = Landing { board: self.in_the_air.clone(), key: key.clone(), sender };
+                        let landing = Landing {
+                            board: self.in_the_air.clone(),
+                            key: key.clone(),
+                            sender: Some(sender),
+                        };
                         (result, Some((make, landing)))
                     }
                 }
@@ -85,10 +93,8 @@ where
                 tokio::spawn(async move { landing.land(work.await) });
             }
             // Closed without a result: the work was lost, and the next round takes it over.
-            if let Ok(result) = result.wait_for(Option::is_some).await
-                && let Some(result) = result.as_ref()
-            {
-                return result.clone();
+            if let Ok(result) = result.await {
+                return result;
             }
         }
     }
@@ -98,21 +104,25 @@ where
 struct Landing<K: Eq + Hash, V, E> {
     board: Arc<Board<K, V, E>>,
     key: K,
-    sender: watch::Sender<Option<Result<V, E>>>,
+    /// Gone once it landed.
+    sender: Option<oneshot::Sender<Result<V, E>>>,
 }
 
 impl<K: Eq + Hash, V, E> Landing<K, V, E> {
-    fn land(self, result: Result<V, E>) {
+    fn land(mut self, result: Result<V, E>) {
         // Off the board first: who asks from here on wants what holds from here on.
         self.board.lock().remove(&self.key);
-        self.sender.send_replace(Some(result));
+        if let Some(sender) = self.sender.take() {
+            // Nobody waits any more: the work was for its effects.
+            let _gone = sender.send(result).is_err();
+        }
     }
 }
 
 impl<K: Eq + Hash, V, E> Drop for Landing<K, V, E> {
     fn drop(&mut self) {
         // Only what never landed is still this flight's: a waiter sees the end only when the sender goes, after this.
-        if self.sender.borrow().is_none() {
+        if self.sender.is_some() {
             self.board.lock().remove(&self.key);
         }
     }
@@ -121,9 +131,7 @@ impl<K: Eq + Hash, V, E> Drop for Landing<K, V, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures::FutureExt as _;
     use std::sync::atomic::{AtomicU32, Ordering};
-    use tokio::sync::oneshot;
 
     #[derive(Clone, PartialEq, Eq, Debug)]
     enum Failure {

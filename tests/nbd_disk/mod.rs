@@ -40,6 +40,7 @@ pub struct TestDisk {
     flushes: Arc<RwLock<()>>,
     flush_begun: Notify,
     size: watch::Sender<u64>,
+    grants: AtomicU64,
 }
 
 impl Memory {
@@ -156,7 +157,7 @@ impl State {
             let kind = self.sectors[len_of(at / SECTOR_BYTES)];
             match found.last_mut() {
                 Some((last, last_kind))
-                    if *last_kind == kind && (kind != Sector::Missing || at % BLOCK_BYTES != 0) =>
+                    if *last_kind == kind && (kind != Sector::Missing || !at.is_multiple_of(BLOCK_BYTES)) =>
                 {
                     *last = ByteRange::new(last.start(), end - last.start());
                 }
@@ -182,6 +183,7 @@ impl TestDisk {
             flushes: Arc::new(RwLock::new(())),
             flush_begun: Notify::new(),
             size: watch::Sender::new(size_bytes),
+            grants: AtomicU64::new(0),
         }
     }
 
@@ -218,6 +220,16 @@ impl TestDisk {
 
     pub async fn flush_begun(&self) {
         self.flush_begun.notified().await;
+    }
+
+    /// Shows only the first `size_bytes` from now on.
+    pub fn show(&self, size_bytes: u64) {
+        self.size.send_replace(size_bytes);
+    }
+
+    /// Writes that have begun.
+    pub fn grants(&self) -> u64 {
+        self.grants.load(Ordering::SeqCst)
     }
 
     pub fn bytes_read(&self) -> u64 {
@@ -279,6 +291,7 @@ impl BlockHandler for TestDisk {
     fn begin_write(&self, range: ByteRange) -> Result<Option<Box<dyn WriteGrant>>, BlockError> {
         self.inside(range)?;
         assert!(range.is_aligned(SECTOR_BYTES) && self.access == Access::ReadWrite);
+        self.grants.fetch_add(1, Ordering::SeqCst);
         Ok(Some(Box::new(Grant { memory: self.memory.clone(), range })))
     }
 

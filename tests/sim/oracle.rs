@@ -53,6 +53,10 @@ pub struct Oracle {
     pub durable_to: u64,
     pub violation: Option<String>,
     seen: bool,
+    /// The machine lost power, and what it left was not looked at yet.
+    pub blind: bool,
+    /// Heads that landed meanwhile and fit nothing before: they have to fit what is found.
+    unjudged: Vec<(String, Vec<u64>)>,
 }
 
 /// Which moments are possible for what was seen.
@@ -72,7 +76,15 @@ impl Oracle {
             end: 0,
             acknowledged: true,
         };
-        Self { now: 1, changes: vec![zeros], durable_to: 0, violation: None, seen: false }
+        Self {
+            now: 1,
+            changes: vec![zeros],
+            durable_to: 0,
+            violation: None,
+            seen: false,
+            blind: false,
+            unjudged: Vec::new(),
+        }
     }
 
     pub fn tick(&mut self) -> u64 {
@@ -140,6 +152,10 @@ impl Oracle {
             end: now,
             acknowledged: true,
         });
+        self.blind = false;
+        for (what, content) in std::mem::take(&mut self.unjudged) {
+            self.check_moment(&what, &content, 0);
+        }
     }
 
     /// May `sector` hold `value`? Bytes of a write show for as long as a write that overlapped it in time may still
@@ -196,18 +212,22 @@ impl Oracle {
         let ends =
             self.changes.iter().flat_map(|change| [change.start, change.end, change.end.saturating_sub(1)]);
         moments.extend(ends.filter(|&at| at >= earliest && at <= self.now));
-        let mut nearest: Option<(usize, u64, u64, u64)> = None;
+        let mut nearest: Option<(usize, u64, Vec<(u64, u64)>)> = None;
         for &moment in moments.iter().rev() {
             let wrong: Vec<_> =
                 pairs.iter().filter(|(sector, value)| !self.ok(*sector, *value, moment, moment)).collect();
-            let Some(&&(sector, value)) = wrong.first() else { return };
-            if nearest.is_none_or(|(count, ..)| wrong.len() < count) {
-                nearest = Some((wrong.len(), moment, sector, value));
+            if wrong.is_empty() {
+                return;
+            }
+            if nearest.as_ref().is_none_or(|(count, ..)| wrong.len() < *count) {
+                nearest = Some((wrong.len(), moment, wrong.into_iter().copied().collect()));
             }
         }
-        self.fail(format!(
-            "{what}: no moment since {earliest} fits; nearest (wrong, moment, sector, value): {nearest:?}"
-        ));
+        if self.blind {
+            self.unjudged.push((what.to_owned(), content.to_vec()));
+            return;
+        }
+        self.fail(format!("{what}: no moment since {earliest} fits; now {}, nearest (wrong, moment, [sector, value]): {nearest:?}", self.now));
     }
 }
 

@@ -230,7 +230,17 @@ fn copy_sector(from: &BTreeMap<u64, [u8; 512]>, to: &mut BTreeMap<u64, [u8; 512]
     };
 }
 
+fn say(show: bool, steps: u64, what: std::fmt::Arguments<'_>) {
+    if show {
+        println!("{steps:6}     {what}");
+    }
+}
+
 impl State {
+    fn say(&self, what: std::fmt::Arguments<'_>) {
+        say(self.show, self.steps, what);
+    }
+
     fn background(&mut self) {
         if self.rng.random_range(0..1000) >= self.profile.write_back {
             return;
@@ -252,6 +262,7 @@ impl State {
                 let inode = &mut self.inodes[at];
                 inode.dirty.remove(&sector);
                 if fails {
+                    say(self.show, self.steps, format_args!("write-back of sector {sector} of file {at} fails"));
                     inode.lost.insert(sector);
                     inode.error = true;
                 } else {
@@ -264,6 +275,7 @@ impl State {
                 for sector in std::mem::take(&mut inode.lost) {
                     if !inode.dirty.contains(&sector) && inode.cache.get(&sector) != inode.disk.get(&sector) {
                         copy_sector(&inode.disk, &mut inode.cache, sector);
+                        say(self.show, self.steps, format_args!("sector {sector} is dropped from the cache"));
                         self.hurt = true;
                     }
                 }
@@ -410,6 +422,7 @@ impl DiskFile for SimFile {
             };
             let first = offset / SECTOR;
             let op = world.begin(inode, first, data.clone());
+            world.state.lock().say(format_args!("put {} sectors from {first} of file {inode}", data.len() / 512));
             world.step().await;
             let no_space = world.state.lock().profile.no_space;
             let fails = world.chance(no_space);
@@ -437,6 +450,7 @@ impl DiskFile for SimFile {
                 state.next_op += 1;
                 let (op, sectors) = (state.next_op, state.inodes[inode].dirty.clone());
                 state.syncs_in_flight.insert(op, (inode, sectors));
+                state.say(format_args!("sync {op} of file {inode} begins"));
                 op
             };
             for _ in 0..1 + world.pick(3) {
@@ -447,7 +461,9 @@ impl DiskFile for SimFile {
             let failed = {
                 let mut state = world.state.lock();
                 let Some((_, sectors)) = state.syncs_in_flight.remove(&op) else { return Ok(()) };
-                state.finish_sync(inode, &sectors, fails)
+                let failed = state.finish_sync(inode, &sectors, fails);
+                state.say(format_args!("sync {op} of file {inode}: {}", if failed { "fails" } else { "done" }));
+                failed
             };
             world.step().await;
             if failed { Err(eio()) } else { Ok(()) }

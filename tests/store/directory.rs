@@ -404,13 +404,14 @@ async fn g6_3000_heads_swapped_during_a_listing_on_btrfs() {
     heads_on("btrfs", 3000).await;
 }
 
-#[tokio::test]
-async fn l11_on_a_full_disk_heads_still_swap_and_deletes_make_room() {
-    let Some(mounted) = Mounted::new("tmpfs", "size=16m") else { return };
-    let pool = mounted.0.join("pool");
-    let store = open(&pool).await;
-    let at = key("volumes/vm-7");
-    let mut etag = store.swap(&at, Expect::Absent, body("v0")).await.unwrap();
+/// A pool on a disk that is full but for the reserve, and how many packs fill it.
+async fn full_pool() -> Option<(Mounted, Store, usize)> {
+    let mounted = Mounted::new("tmpfs", "size=16m")?;
+    let store = open(&mounted.0.join("pool")).await;
+    // The folders stand, as in any pool that has been in use.
+    for folder in ["trash", "volumes"] {
+        store.put_new(&key(&format!("{folder}/first")), body("x")).await.unwrap();
+    }
     let mut packs = 0;
     for size in [1 << 20, 4096] {
         loop {
@@ -421,16 +422,36 @@ async fn l11_on_a_full_disk_heads_still_swap_and_deletes_make_room() {
             }
         }
     }
-    assert!(pool.join(".reserve").exists(), "packs do not get the reserve");
+    assert!(mounted.0.join("pool/.reserve").exists(), "packs do not get the reserve");
+    Some((mounted, store, packs))
+}
+
+#[tokio::test]
+async fn l11_on_a_full_disk_heads_still_swap_and_deletes_make_room() {
+    let Some((mounted, store, packs)) = full_pool().await else { return };
+    let pool = mounted.0.join("pool");
+    let at = key("volumes/vm-7");
+    let mut etag = store.swap(&at, Expect::Absent, body("v0")).await.unwrap();
+    assert!(!pool.join(".reserve").exists(), "there was no other space");
     for n in 0..200 {
         etag = store.swap(&at, Expect::State(etag), Bytes::from(vec![b'x'; 4096 + n])).await.unwrap();
     }
+    let refused = store.put_new(&key("packs/more"), Bytes::from(vec![1; 4 << 20])).await;
+    assert!(matches!(refused, Err(StoreError::NoSpace(_))));
     assert!(names_in(&pool.join(".tmp")).is_empty(), "what failed leaves nothing behind");
     store.swap_delete(&at, etag).await.unwrap();
     for n in 0..packs {
         store.delete(&key(&format!("packs/{n}"))).await.unwrap();
     }
     assert!(pool.join(".reserve").exists(), "it is made again once there is room");
+    drop(store);
+}
+
+#[tokio::test]
+async fn l11_on_a_full_disk_what_a_delete_needs_first_can_be_written() {
+    let Some((mounted, store, _)) = full_pool().await else { return };
+    store.put_new(&key("trash/vm-7"), body("what is deleted")).await.unwrap();
+    assert!(!mounted.0.join("pool/.reserve").exists(), "there was no other space");
     drop(store);
 }
 

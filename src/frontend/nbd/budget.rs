@@ -4,7 +4,7 @@
 //! what it gets of the node's bytes, each connection has [`OWN_BYTES`] for itself, so a client that takes no
 //! replies can slow others down but never stop them. In all at most
 //! `node_bytes_max + connections × OWN_BYTES`.
-//! Does not own: what the bytes are for ([`super::connection`]).
+//! Does not own: what the bytes are for (the transmission).
 
 use futures::future::BoxFuture;
 use std::sync::Arc;

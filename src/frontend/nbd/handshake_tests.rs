@@ -1,1 +1,251 @@
+use super::super::wire::{FLAG_READ_ONLY as READ_ONLY, REP_ERR_UNSUP as UNSUP};
+use super::*;
+use proptest::prelude::*;
 
+fn facts(access: Access) -> ExportFacts {
+    let geometry =
+        Geometry { size_bytes: 1 << 20, logical_block_bytes: 512, physical_block_bytes: 4096, access };
+    ExportFacts { name: "vm-7".into(), description: "a disk".into(), geometry }
+}
+
+fn option(option: u32, data: &[u8]) -> Vec<u8> {
+    let header = OptionHeader { option, len_bytes: u32::try_from(data.len()).unwrap() };
+    [&header.encode()[..], data].concat()
+}
+
+fn info_data(name: &str, wanted: &[u16]) -> Vec<u8> {
+    let mut data = Vec::new();
+    put_string(&mut data, name);
+    data.put_u16(u16::try_from(wanted.len()).unwrap());
+    wanted.iter().for_each(|kind| data.put_u16(*kind));
+    data
+}
+
+fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
+    let mut data = Vec::new();
+    put_string(&mut data, name);
+    data.put_u32(u32::try_from(queries.len()).unwrap());
+    queries.iter().for_each(|query| put_string(&mut data, query));
+    data
+}
+
+/// Answers questions as a node with the one disk `vm-7` does; gives all output and how it ended.
+fn run(pieces: &[&[u8]]) -> (Vec<u8>, Event, BytesMut) {
+    let mut handshake = Handshake::new();
+    let mut input = BytesMut::new();
+    let mut pieces = pieces.iter();
+    loop {
+        match handshake.next(&mut input) {
+            Event::NeedInput => match pieces.next() {
+                Some(piece) => input.extend_from_slice(piece),
+                None => return (handshake.output().to_vec(), Event::NeedInput, input),
+            },
+            Event::List => {
+                handshake.listed(&[ExportListing { name: "vm-7".into(), description: "a disk".into() }]);
+            }
+            Event::Open { name } if name == "vm-7" || name.is_empty() => {
+                handshake.opened(Ok(&facts(Access::ReadWrite)));
+            }
+            Event::Open { .. } => handshake.opened(Err(&ExportError::Unknown)),
+            end => return (handshake.output().to_vec(), end, input),
+        }
+    }
+}
+
+/// The replies after the greeting: option, type, data.
+fn replies(mut output: &[u8]) -> Vec<(u32, u32, Vec<u8>)> {
+    output.advance(18);
+    let mut found = Vec::new();
+    while !output.is_empty() {
+        assert_eq!(output.get_u64(), super::super::wire::OPTION_REPLY_MAGIC);
+        let (option, kind, len) = (output.get_u32(), output.get_u32(), output.get_u32() as usize);
+        found.push((option, kind, output.copy_to_bytes(len).to_vec()));
+    }
+    found
+}
+
+/// The replies to options of a client that speaks fixed newstyle, and how it ended.
+fn haggle(options: &[Vec<u8>]) -> (Vec<(u32, u32, Vec<u8>)>, Event) {
+    let (output, end, _) = run(&[&[&3u32.to_be_bytes()[..], &options.concat()[..]].concat()]);
+    (replies(&output), end)
+}
+
+#[test]
+fn the_greeting_offers_fixed_newstyle_and_no_zeroes() {
+    assert_eq!(run(&[]).0, [&b"NBDMAGICIHAVEOPT"[..], &[0, 3]].concat());
+}
+
+#[test]
+fn unknown_client_flags_and_a_wrong_magic_number_close() {
+    assert!(matches!(run(&[&4u32.to_be_bytes()]).1, Event::Close(_)));
+    assert!(matches!(run(&[&3u32.to_be_bytes(), b"IHAVEOPS\0\0\0\x01\0\0\0\0"]).1, Event::Close(_)));
+}
+
+#[test]
+fn export_name_is_padded_unless_the_client_declined() {
+    for (flags, padding) in [(3u32, 0), (1, 124), (0, 124)] {
+        let (output, end, _) = run(&[&flags.to_be_bytes(), &option(OPT_EXPORT_NAME, b"vm-7")]);
+        assert_eq!(output.len(), 18 + 10 + padding);
+        assert_eq!(output[18..26], (1u64 << 20).to_be_bytes());
+        assert!(matches!(end, Event::Transmit(Negotiated { replies: Replies::Simple, .. })));
+    }
+    let (output, end, _) = run(&[&3u32.to_be_bytes(), &option(OPT_EXPORT_NAME, b"other")]);
+    assert_eq!((output.len(), matches!(end, Event::Close(_))), (18, true));
+    let long = option(OPT_EXPORT_NAME, &[b'a'; 4097]);
+    assert!(matches!(haggle(&[long]).1, Event::Close(_)));
+}
+
+#[test]
+fn malformed_options_are_invalid_and_unknown_ones_unsupported() {
+    let mut long_name = info_data("vm-7", &[]);
+    long_name[3] = 200;
+    let table = [
+        (OPT_LIST, vec![0], REP_ERR_INVALID),
+        (OPT_STRUCTURED_REPLY, vec![0], REP_ERR_INVALID),
+        (OPT_INFO, vec![], REP_ERR_INVALID),
+        (OPT_GO, long_name, REP_ERR_INVALID),
+        (OPT_GO, [info_data("vm-7", &[3]), vec![0]].concat(), REP_ERR_INVALID),
+        (OPT_GO, info_data("a\0b", &[]), REP_ERR_INVALID),
+        (OPT_GO, info_data(&"a".repeat(4096), &[]), REP_ERR_UNKNOWN),
+        (OPT_GO, info_data("other", &[]), REP_ERR_UNKNOWN),
+        (OPT_SET_META_CONTEXT, meta_data("vm-7", &["base:allocation"]), REP_ERR_INVALID),
+        (OPT_LIST_META_CONTEXT, meta_data("vm-7", &[]), REP_ERR_INVALID),
+        (5, vec![], UNSUP),
+        (11, vec![], UNSUP),
+        (0x7fff_ffff, vec![1, 2, 3], UNSUP),
+        (OPT_LIST, vec![0; 70_000], REP_ERR_TOO_BIG),
+    ];
+    for (number, data, expected) in table {
+        let (replies, end) = haggle(&[option(number, &data), option(OPT_ABORT, b"bye")]);
+        assert_eq!((replies[0].0, replies[0].1), (number, expected), "option {number}");
+        assert!(std::str::from_utf8(&replies[0].2).is_ok());
+        assert_eq!((replies[1].0, replies[1].1), (OPT_ABORT, REP_ACK));
+        assert!(matches!(end, Event::Close(_)));
+    }
+}
+
+#[test]
+fn an_unknown_disk_is_named_in_the_answer() {
+    let (replies, end) = haggle(&[option(OPT_GO, &info_data("other", &[]))]);
+    assert_eq!(String::from_utf8_lossy(&replies[0].2), "\"other\": there is no disk of this name here");
+    assert_eq!(end, Event::NeedInput);
+}
+
+#[test]
+fn go_tells_what_was_asked_for_and_transmits() {
+    let wanted = [INFO_BLOCK_SIZE, INFO_NAME, INFO_DESCRIPTION, 77];
+    let (replies, end) =
+        haggle(&[option(OPT_INFO, &info_data("", &wanted)), option(OPT_GO, &info_data("vm-7", &[]))]);
+    let kinds: Vec<_> = replies.iter().map(|(option, kind, _)| (*option, *kind)).collect();
+    let info = (OPT_INFO, REP_INFO);
+    assert_eq!(kinds, [info, info, info, info, (OPT_INFO, REP_ACK), (OPT_GO, REP_INFO), (OPT_GO, REP_ACK)]);
+    assert_eq!(replies[1].2, b"\0\x01vm-7");
+    assert_eq!(replies[2].2, b"\0\x02a disk");
+    assert_eq!(replies[3].2, [0, 3, 0, 0, 0, 1, 0, 0, 0x10, 0, 2, 0, 0, 0]);
+    let negotiated = Negotiated { replies: Replies::Simple, block_status: BlockStatus::NotSelected };
+    assert_eq!(end, Event::Transmit(negotiated));
+}
+
+#[test]
+fn block_status_holds_only_for_the_disk_it_was_selected_for_and_the_last_selection() {
+    let structured = option(OPT_STRUCTURED_REPLY, &[]);
+    let set = |name: &str, queries: &[&str]| option(OPT_SET_META_CONTEXT, &meta_data(name, queries));
+    let go = option(OPT_GO, &info_data("vm-7", &[]));
+    let broken = option(OPT_SET_META_CONTEXT, &[0, 0, 0, 9]);
+    let good = set("vm-7", &["x-other:1", "base:allocation"]);
+    let table = [
+        (vec![good.clone()], BlockStatus::BaseAllocation),
+        (vec![], BlockStatus::NotSelected),
+        (vec![set("", &["base:allocation"])], BlockStatus::NotSelected),
+        (vec![set("vm-7", &["base:"])], BlockStatus::NotSelected),
+        (vec![set("vm-7", &["base:other", "nonsense"])], BlockStatus::NotSelected),
+        (vec![good.clone(), set("vm-7", &[])], BlockStatus::NotSelected),
+        (vec![good.clone(), broken], BlockStatus::NotSelected),
+        (vec![good.clone(), set("other", &["base:allocation"])], BlockStatus::NotSelected),
+    ];
+    for (index, (options, block_status)) in table.into_iter().enumerate() {
+        let all = [vec![structured.clone()], options, vec![go.clone()]].concat();
+        let negotiated = Negotiated { replies: Replies::Structured, block_status };
+        assert_eq!(haggle(&all).1, Event::Transmit(negotiated), "row {index}");
+    }
+    for (queries, found) in
+        [(&[][..], 1), (&["base:"][..], 1), (&["base:allocation"][..], 1), (&["qemu:"][..], 0)]
+    {
+        let list = option(OPT_LIST_META_CONTEXT, &meta_data("vm-7", queries));
+        let (replies, _) = haggle(&[structured.clone(), list]);
+        assert_eq!(
+            replies.iter().filter(|(_, kind, _)| *kind == REP_META_CONTEXT).count(),
+            found,
+            "{queries:?}"
+        );
+    }
+}
+
+#[test]
+fn flags_say_what_the_disk_and_the_client_can() {
+    let mut handshake = Handshake::new();
+    let simple = handshake.transmission_flags(&facts(Access::ReadWrite));
+    assert_eq!(simple & FLAG_SEND_DF, 0);
+    assert_ne!(simple & FLAG_SEND_FAST_ZERO, 0);
+    handshake.replies = Replies::Structured;
+    assert_eq!(handshake.transmission_flags(&facts(Access::ReadWrite)), simple | FLAG_SEND_DF);
+    let fixed = handshake.transmission_flags(&facts(Access::ReadOnly));
+    assert_ne!(fixed & READ_ONLY, 0);
+    assert_eq!(fixed & (FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES | FLAG_SEND_FAST_ZERO), 0);
+}
+
+#[test]
+fn options_are_counted() {
+    let flood = vec![option(OPT_LIST, &[]); OPTIONS_MAX as usize + 1];
+    let (replies, end) = haggle(&flood);
+    assert_eq!(replies.len(), 2 * OPTIONS_MAX as usize);
+    assert!(matches!(end, Event::Close(_)));
+}
+
+#[test]
+fn answers_that_nobody_asked_for_change_nothing() {
+    let mut handshake = Handshake::new();
+    handshake.listed(&[]);
+    handshake.opened(Ok(&facts(Access::ReadWrite)));
+    assert_eq!(handshake.output().len(), 18);
+    assert_eq!(handshake.next(&mut BytesMut::new()), Event::NeedInput);
+}
+
+#[test]
+fn cut_at_any_byte_a_handshake_goes_the_same_way() {
+    let mut script = 3u32.to_be_bytes().to_vec();
+    script.extend(option(OPT_LIST, &[]));
+    script.extend(option(99, b"abc"));
+    script.extend(option(OPT_STRUCTURED_REPLY, &[]));
+    script.extend(option(OPT_SET_META_CONTEXT, &meta_data("vm-7", &["base:allocation"])));
+    script.extend(option(OPT_INFO, &info_data("other", &[INFO_BLOCK_SIZE])));
+    script.extend(option(OPT_GO, &info_data("vm-7", &[INFO_BLOCK_SIZE])));
+    script.extend(b"and a request");
+    let whole = run(&[&script]);
+    assert_eq!(&whole.2[..], b"and a request");
+    for at in 0..=script.len() {
+        let (output, end, _) = run(&[&script[..at], &script[at..]]);
+        assert_eq!((output, end), (whole.0.clone(), whole.1.clone()), "cut at {at}");
+    }
+    let bytes: Vec<&[u8]> = script.chunks(1).collect();
+    assert_eq!(run(&bytes).0, whole.0);
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_end_or_go_on(
+        flags in 0u32..6,
+        options in proptest::collection::vec((0u32..13, proptest::collection::vec(any::<u8>(), 0..60), 0u32..3), 0..12),
+        garbage in proptest::collection::vec(any::<u8>(), 0..64),
+    ) {
+        let mut script = flags.to_be_bytes().to_vec();
+        for (number, data, longer) in options {
+            let header = OptionHeader { option: number, len_bytes: u32::try_from(data.len()).unwrap() + longer };
+            script.extend(header.encode());
+            script.extend(data);
+        }
+        script.extend(garbage);
+        let (output, _, left) = run(&[&script]);
+        prop_assert!(output.len() >= 18 && left.len() <= script.len());
+    }
+}

@@ -4,8 +4,9 @@
 //!
 //! ```text
 //! socket ─ server (accept, limits, stop)
-//!            └ connection (one task a client) ─ handshake P ─ session P ─ reply P     bytes ⇄ requests
-//!                                             └ work ─ BlockHandler                   requests ⇄ disk
+//!            └ connection (one task a client) ─ handshake P                          which disk
+//!                └ transmission ─ session P, reply P                                  bytes ⇄ requests
+//!                               └ work ─ BlockHandler                                 requests ⇄ disk
 //! ```
 //! P = pure: bytes and values in, bytes and values out.
 //!
@@ -30,6 +31,7 @@ pub mod handshake;
 pub mod reply;
 pub mod server;
 pub mod session;
+mod transmission;
 pub mod wire;
 mod work;
 

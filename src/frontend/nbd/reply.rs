@@ -1,7 +1,7 @@
 //! Replies on their way to the client. Pure: results in, bytes out.
 //!
 //! Owns: the layout of simple and structured replies, and the queue of bytes that the socket has not taken yet.
-//! Does not own: when a reply may be sent ([`super::connection`]).
+//! Does not own: when a reply may be sent (the transmission).
 
 use super::handshake::Replies;
 use super::session::Refusal;

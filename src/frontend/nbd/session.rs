@@ -3,7 +3,7 @@
 //! Owns: cutting the client's bytes into requests and pieces of payload, and judging each request against the disk
 //! and what was negotiated.
 //! Does not own: running requests ([`super::work`]), replies ([`super::reply`]), or how many run at a time
-//! ([`super::connection`]).
+//! (the transmission).
 
 use super::handshake::{BlockStatus, Negotiated, Replies};
 use super::wire::{

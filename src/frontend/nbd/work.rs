@@ -2,7 +2,7 @@
 //!
 //! Owns: turning a checked request into calls of the handler, and refusing answers of a handler that would break
 //! the stream (too short, out of order).
-//! Does not own: memory bounds or replies ([`super::connection`]).
+//! Does not own: memory bounds or replies (the transmission).
 
 use super::budget::PIECE_BYTES_MAX;
 use super::reply::Part;

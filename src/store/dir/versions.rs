@@ -361,7 +361,7 @@ pub fn tidy(versions: &mut Versions<'_>, won: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::protocol::{Outcome, swap};
+    use super::super::protocol::{Outcome, find, swap};
     use super::*;
 
     #[test]
@@ -374,64 +374,100 @@ mod tests {
     }
 
     /// A network that repeats `link` after a lost answer: the second one is refused for the first.
-    struct Repeats<'a>(Versions<'a>);
+    /// And a listing that is long ago when it is used.
+    struct Shared<'a> {
+        inner: Versions<'a>,
+        listed: Option<u64>,
+    }
 
-    impl Folder for Repeats<'_> {
+    impl Folder for Shared<'_> {
         type Stop = Fault;
 
         fn highest(&mut self) -> Result<Highest, Fault> {
-            self.0.highest()
+            self.listed.take().map_or_else(|| self.inner.highest(), |number| Ok(Highest::Number(number)))
         }
         fn open(&mut self, number: u64) -> Result<Option<Version>, Fault> {
-            self.0.open(number)
+            self.inner.open(number)
         }
         fn nonce_of(&mut self, number: u64) -> Result<Option<Nonce>, Fault> {
-            self.0.nonce_of(number)
+            self.inner.nonce_of(number)
         }
         fn is_expected(&mut self, found: Option<&Version>) -> bool {
-            self.0.is_expected(found)
+            self.inner.is_expected(found)
         }
         fn create(&mut self) -> Result<(), Fault> {
-            self.0.create()?;
-            self.0.create()
+            self.inner.create()?;
+            self.inner.create()
         }
         fn link(&mut self, number: u64, below: Nonce) -> Result<LinkAnswer, Fault> {
-            assert_eq!(self.0.link(number, below)?, LinkAnswer::Linked);
+            assert_eq!(self.inner.link(number, below)?, LinkAnswer::Linked);
             Ok(LinkAnswer::Exists)
         }
         fn is_mine(&mut self, number: u64) -> Result<bool, Fault> {
-            self.0.is_mine(number)
+            self.inner.is_mine(number)
         }
         fn sync(&mut self) -> Result<(), Fault> {
-            self.0.sync()
+            self.inner.sync()
         }
         fn numbers_up_to(&mut self, last: u64) -> Result<Vec<u64>, Fault> {
-            self.0.numbers_up_to(last)
+            self.inner.numbers_up_to(last)
         }
         fn unlink(&mut self, number: u64) -> Result<(), Fault> {
-            self.0.unlink(number)
+            self.inner.unlink(number)
         }
     }
 
-    #[test]
-    fn g27_a_swap_refused_for_its_own_link_has_won() {
-        let above = tempfile::tempdir().unwrap();
+    fn files_in(above: &tempfile::TempDir) -> Files {
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
-        let root = rustix::fs::open(above.path(), flags, rustix::fs::Mode::empty()).unwrap();
-        let files = Files::open(root).unwrap();
-        let key = Key::new("volumes/vm-7").unwrap();
+        Files::open(rustix::fs::open(above.path(), flags, rustix::fs::Mode::empty()).unwrap()).unwrap()
+    }
+
+    /// Swaps until there is this version, each refused for its own link.
+    fn swapped_to(files: &Files, key: &Key, last: u64, mut after_each: impl FnMut(u64)) {
         let mut expect = Expect::Absent;
-        for number in 1..4 {
+        for number in 1..=last {
             let change = Change { expect, content: b"x" };
-            let mut folder = Repeats(Versions::to_change(&files, &key, change));
+            let mut folder = Shared { inner: Versions::to_change(files, key, change), listed: None };
             let won = loop {
                 if let Attempt::Done(outcome) = swap(&mut folder).unwrap() {
                     break outcome;
                 }
             };
             assert_eq!(won, Outcome::Won(number));
-            expect = Expect::State(folder.0.linked_etag().unwrap());
+            after_each(number);
+            tidy(&mut folder.inner, number);
+            expect = Expect::State(folder.inner.linked_etag().unwrap());
         }
+    }
+
+    #[test]
+    fn g27_a_swap_refused_for_its_own_link_has_won() {
+        let above = tempfile::tempdir().unwrap();
+        swapped_to(&files_in(&above), &Key::new("volumes/vm-7").unwrap(), 4, |_| {});
+    }
+
+    #[test]
+    fn g27_a_late_version_on_a_late_version_is_not_read_by_who_listed_long_ago() {
+        let above = tempfile::tempdir().unwrap();
+        let (files, key) = (files_in(&above), Key::new("volumes/vm-7").unwrap());
+        let folder = above.path().join("volumes/vm-7~");
+        let mut late = Vec::new();
+        swapped_to(&files, &key, 8, |number| {
+            if number == 2 || number == 3 {
+                let mut bytes = std::fs::read(folder.join(version_name(number))).unwrap();
+                bytes[8..24].fill(0xee);
+                late.push((number, bytes));
+            }
+        });
+        for (number, bytes) in late {
+            std::fs::write(folder.join(version_name(number)), bytes).unwrap();
+        }
+        let inner = Versions::to_read(&files, &key, Want::Stat);
+        let mut reader = Shared { inner, listed: None };
+        assert!(matches!(find(&mut reader).unwrap(), Attempt::Done(Some(found)) if found.number == 8));
+        reader.listed = Some(3);
+        assert_eq!(find(&mut reader).unwrap(), Attempt::Again);
+        assert!(matches!(find(&mut reader).unwrap(), Attempt::Done(Some(found)) if found.number == 8));
     }
 
     #[test]

@@ -1,0 +1,391 @@
+//! Settings: plain data in one TOML file.
+//!
+//! Owns: the composed settings of all rooms, their defaults, the one sample file, and where the file is looked for.
+//! Does not own: what the settings do.
+
+use super::size::Size;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Where everything of a node lies unless settings say otherwise, relative to the working directory.
+pub const DATA_DIR: &str = "./blockhouse-data";
+/// Name of the settings file in the data directory.
+pub const CONFIG_FILE: &str = "blockhouse.toml";
+/// A settings file larger than this is none.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
+
+/// All settings of a node. Relative paths in it are relative to the data directory.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub pool: PoolConfig,
+    pub state: StateConfig,
+    pub nbd: NbdConfig,
+    pub http: HttpConfig,
+    pub cache: CacheConfig,
+    pub commit: CommitConfig,
+    pub limits: LimitsConfig,
+}
+
+/// Where the pool is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolConfig {
+    pub dir: PathBuf,
+}
+
+/// Where this node keeps what it acknowledged.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StateConfig {
+    pub dir: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub runtime_dir: Option<PathBuf>,
+}
+
+/// Where NBD clients connect.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NbdConfig {
+    pub listen: Vec<String>,
+    pub socket: PathBuf,
+}
+
+/// Where operators connect.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    pub listen: String,
+    pub socket: PathBuf,
+    pub allowed_hosts: Vec<String>,
+}
+
+/// Blocks of the pool that are kept on this node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    pub size: Size,
+}
+
+/// When acknowledged data goes to the pool.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CommitConfig {
+    pub dirty_bytes: Size,
+    pub age_seconds: u64,
+}
+
+/// What is refused beyond.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsConfig {
+    pub http_connections: u32,
+    pub nbd_connections: u32,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { dir: "pool".into() }
+    }
+}
+
+impl Default for StateConfig {
+    fn default() -> Self {
+        Self { dir: "state".into(), runtime_dir: None }
+    }
+}
+
+impl Default for NbdConfig {
+    fn default() -> Self {
+        Self { listen: vec!["127.0.0.1:10809".to_owned()], socket: "state/nbd.sock".into() }
+    }
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:8420".to_owned(),
+            socket: "state/control.sock".into(),
+            allowed_hosts: Vec::new(),
+        }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { size: Size(1 << 30) }
+    }
+}
+
+impl Default for CommitConfig {
+    fn default() -> Self {
+        Self { dirty_bytes: Size(256 << 20), age_seconds: 10 }
+    }
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self { http_connections: 256, nbd_connections: 1024 }
+    }
+}
+
+/// Why there are no settings.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("failed to read settings from {}: {source}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("settings in {} are wrong: {message}", path.display())]
+    Wrong { path: PathBuf, message: String },
+}
+
+/// Settings as they stand in the file, with the directory that their paths are relative to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Loaded {
+    /// Paths in it as written.
+    pub written: Config,
+    pub data_dir: PathBuf,
+    /// The file, if one was read.
+    pub file: Option<PathBuf>,
+}
+
+impl Loaded {
+    /// Reads `file`, or else `blockhouse.toml` in the data directory if there is one.
+    ///
+    /// # Errors
+    /// A named file that cannot be read, or any file with wrong settings in it.
+    pub fn load(file: Option<&Path>, data_dir: Option<&Path>) -> Result<Self, ConfigError> {
+        let data_dir = data_dir.unwrap_or(Path::new(DATA_DIR)).to_owned();
+        let path = file.map_or_else(|| data_dir.join(CONFIG_FILE), Path::to_owned);
+        match read_limited(&path) {
+            Ok(text) => Ok(Self { written: parse(&text, &path)?, data_dir, file: Some(path) }),
+            Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self { written: Config::default(), data_dir, file: None })
+            }
+            Err(source) => Err(ConfigError::Read { path, source }),
+        }
+    }
+
+    /// The settings with all paths resolved.
+    pub fn resolved(&self) -> Config {
+        let mut config = self.written.clone();
+        let paths =
+            [&mut config.pool.dir, &mut config.state.dir, &mut config.nbd.socket, &mut config.http.socket];
+        for path in paths.into_iter().chain(&mut config.state.runtime_dir) {
+            *path = self.data_dir.join(&path);
+        }
+        config
+    }
+
+    /// The effective settings as a file that means the same.
+    pub fn show(&self) -> String {
+        let from = match &self.file {
+            Some(file) => format!("# Read from {}.\n", file.display()),
+            None => {
+                let file = self.data_dir.join(CONFIG_FILE);
+                format!("# Defaults: there is no {}.\n", file.display())
+            }
+        };
+        format!("{from}# Relative paths start at {}.\n{}", self.data_dir.display(), sample(&self.written))
+    }
+}
+
+fn read_limited(path: &Path) -> std::io::Result<String> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    let read = std::fs::File::open(path)?.take(CONFIG_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if u64::try_from(read).is_ok_and(|bytes| bytes > CONFIG_BYTES_MAX) {
+        return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, "the file is larger than 1 MiB"));
+    }
+    Ok(text)
+}
+
+fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
+    let wrong = |message: String| ConfigError::Wrong { path: path.to_owned(), message };
+    let config: Config =
+        toml::from_str(text).map_err(|error| wrong(error.to_string().trim_end().to_owned()))?;
+    config.check().map_err(wrong)?;
+    Ok(config)
+}
+
+impl Config {
+    /// Where the maps of what was written lie. The same after every restart with the same state directory, whoever starts
+    /// it from where: a map that is not found is a promise broken. So it never depends on the environment.
+    pub fn runtime_dir(&self) -> PathBuf {
+        if let Some(dir) = &self.state.runtime_dir {
+            return dir.clone();
+        }
+        if !rustix::process::geteuid().is_root() {
+            // Not /dev/shm or the login session's directory: both are emptied when the user logs out.
+            return self.state.dir.join("run");
+        }
+        let absolute = std::path::absolute(&self.state.dir).unwrap_or_else(|_| self.state.dir.clone());
+        let hash = blake3::hash(absolute.as_os_str().as_encoded_bytes()).to_hex();
+        PathBuf::from(format!("/run/blockhouse-{}", &hash[..16]))
+    }
+
+    /// What no type says.
+    fn check(&self) -> Result<(), String> {
+        let addresses = self.nbd.listen.iter().map(|text| ("nbd", text));
+        for (room, text) in addresses.chain([("http", &self.http.listen)]) {
+            if text.parse::<std::net::SocketAddr>().is_err() {
+                return Err(format!(
+                    "[{room}] listen: \"{text}\" is no address and port; write it like 127.0.0.1:10809 or [::1]:10809"
+                ));
+            }
+        }
+        if self.commit.age_seconds == 0 {
+            return Err("[commit] age_seconds: must be at least 1".to_owned());
+        }
+        if self.limits.http_connections == 0 || self.limits.nbd_connections == 0 {
+            return Err("[limits]: a limit of 0 connections would lock everybody out".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// The sample file: `config` with a comment on each setting. The only place where they are described.
+pub fn sample(config: &Config) -> String {
+    let text = |value: &str| toml::Value::from(value).to_string();
+    let path = |path: &Path| text(&path.to_string_lossy());
+    let list = |values: &[String]| toml::Value::from(values.to_vec()).to_string();
+    let runtime_dir = match &config.state.runtime_dir {
+        Some(dir) => format!("runtime_dir = {}", path(dir)),
+        None => "# runtime_dir = \"/run/blockhouse\"".to_owned(),
+    };
+    let Config { pool, state, nbd, http, cache, commit, limits } = config;
+    format!(
+        "\
+# Sizes: K, M, G, T are powers of 1024; KB, MB, GB, TB powers of 1000; or a number of bytes.
+
+[pool]
+# The object store: a directory, on any file system with hard links.
+dir = {pool_dir}
+
+[state]
+# What is acknowledged and not yet in the pool, the clean cache, and the identity of this node. Local disk.
+dir = {state_dir}
+# Small maps of what was written. On tmpfs, so that no write waits for a disk; must be the same after a restart of the
+# daemon. By default a directory in /run for root, one in the state directory for others.
+{runtime_dir}
+
+[nbd]
+# Addresses that NBD clients connect to. There is no access control: keep it to networks that you trust.
+listen = {nbd_listen}
+# Unix socket for NBD clients on this host.
+socket = {nbd_socket}
+
+[http]
+# Address of the API and the web page. There is no access control: keep it to this host.
+listen = {http_listen}
+# Unix socket of the API, for the command line. Only its owner may use it.
+socket = {http_socket}
+# Names besides localhost, this host's name and IP addresses under which browsers and clients may reach `listen`.
+allowed_hosts = {allowed_hosts}
+
+[cache]
+# Blocks of the pool kept on local disk, allocated at once.
+size = {cache_size}
+
+[commit]
+# A volume's data goes to the pool when this much is waiting,
+dirty_bytes = {dirty_bytes}
+# or when the oldest of it is this old.
+age_seconds = {age_seconds}
+
+[limits]
+# Connections beyond these wait until another one ends.
+http_connections = {http_connections}
+nbd_connections = {nbd_connections}
+",
+        pool_dir = path(&pool.dir),
+        state_dir = path(&state.dir),
+        nbd_listen = list(&nbd.listen),
+        nbd_socket = path(&nbd.socket),
+        http_listen = text(&http.listen),
+        http_socket = path(&http.socket),
+        allowed_hosts = list(&http.allowed_hosts),
+        cache_size = text(&cache.size.to_string()),
+        dirty_bytes = text(&commit.dirty_bytes.to_string()),
+        age_seconds = commit.age_seconds,
+        http_connections = limits.http_connections,
+        nbd_connections = limits.nbd_connections,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn changed() -> Config {
+        Config {
+            pool: PoolConfig { dir: "/srv/a \"pool\"".into() },
+            state: StateConfig { dir: "s".into(), runtime_dir: Some("/run/blockhouse".into()) },
+            nbd: NbdConfig { listen: vec!["[::1]:1".into(), "0.0.0.0:2".into()], socket: "n".into() },
+            http: HttpConfig {
+                listen: "[::]:3".into(),
+                socket: "h".into(),
+                allowed_hosts: vec!["a.b".into()],
+            },
+            cache: CacheConfig { size: Size(513) },
+            commit: CommitConfig { dirty_bytes: Size(1 << 40), age_seconds: 11 },
+            limits: LimitsConfig { http_connections: 1, nbd_connections: 2 },
+        }
+    }
+
+    #[test]
+    fn the_sample_parses_back_to_what_it_was_made_from() {
+        for config in [Config::default(), changed()] {
+            assert_eq!(parse(&sample(&config), Path::new("sample")).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn the_sample_names_every_setting() {
+        // Serialised by serde, so that a setting that is added and not described fails here.
+        let all = toml::Table::try_from(changed()).unwrap();
+        let shown: toml::Table = toml::from_str(&sample(&changed())).unwrap();
+        assert_eq!(all, shown);
+    }
+
+    #[test]
+    fn what_is_not_written_is_the_default_and_unknown_settings_are_refused() {
+        let path = Path::new("f");
+        assert_eq!(parse("", path).unwrap(), Config::default());
+        assert_eq!(parse("[cache]\nsize = 4096", path).unwrap().cache.size, Size(4096));
+        for (wrong, named) in [
+            ("[cash]", "cash"),
+            ("[cache]\nsise = 1", "sise"),
+            ("[cache]\nsize = \"1X\"", "\"X\" is no unit"),
+            ("[cache]\nsize = -1", "negative"),
+            ("[nbd]\nlisten = [\"localhost\"]", "localhost"),
+            ("[http]\nlisten = \"8420\"", "8420"),
+            ("[commit]\nage_seconds = 0", "age_seconds"),
+            ("[limits]\nnbd_connections = 0", "limits"),
+        ] {
+            let message = parse(wrong, path).unwrap_err().to_string();
+            assert!(message.contains(named), "{wrong}: {message}");
+        }
+    }
+
+    #[test]
+    fn relative_paths_start_at_the_data_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let loaded = Loaded::load(None, Some(dir.path())).unwrap();
+        assert_eq!(loaded.file, None);
+        assert_eq!(loaded.resolved().pool.dir, dir.path().join("pool"));
+        assert_eq!(loaded.resolved().http.socket, dir.path().join("state/control.sock"));
+        std::fs::write(dir.path().join(CONFIG_FILE), "[pool]\ndir = \"/srv/pool\"").unwrap();
+        let loaded = Loaded::load(None, Some(dir.path())).unwrap();
+        assert_eq!(loaded.resolved().pool.dir, Path::new("/srv/pool"));
+        assert_eq!(parse(&loaded.show(), Path::new("shown")).unwrap(), loaded.written);
+    }
+
+    #[test]
+    fn a_named_file_must_be_there_and_small() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.toml");
+        assert!(matches!(Loaded::load(Some(&path), None), Err(ConfigError::Read { .. })));
+        std::fs::write(&path, " ".repeat((1 << 20) + 1)).unwrap();
+        assert!(matches!(Loaded::load(Some(&path), None), Err(ConfigError::Read { .. })));
+    }
+}
