@@ -6,6 +6,7 @@
 use super::api::{AllowedHosts, Api, BindError, Endpoint, Server};
 use super::config::{Config, Loaded};
 use crate::node::service::SharedService;
+use crate::node::{Node, NodeConfig};
 use anyhow::Context as _;
 use futures::future::BoxFuture;
 use sd_notify::NotifyState;
@@ -13,9 +14,13 @@ use std::fmt::Write as _;
 use std::future::Future;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+/// How long the last commits may take; what is not in the pool by then is kept here.
+const STOP_TIME: Duration = Duration::from_secs(60);
 
 /// A node at work.
 pub struct RunningNode {
@@ -29,8 +34,30 @@ pub struct RunningNode {
 /// # Errors
 /// Whatever keeps it from serving: a wrong pool, a state directory in use, a failed recovery.
 pub async fn start_node(config: Config) -> anyhow::Result<RunningNode> {
-    // The one place where settings become a node: make a NodeConfig of `config`, call Node::start, return both halves.
-    anyhow::bail!("the node is not wired up yet (pool {})", config.pool.dir.display())
+    let mut tcp = Vec::new();
+    for address in &config.nbd.listen {
+        let found = tokio::net::lookup_host(address).await;
+        tcp.extend(found.with_context(|| format!("failed to find the address nbd.listen = \"{address}\""))?.take(1));
+    }
+    let mut node = NodeConfig::new(config.pool.dir, config.state.dir);
+    node.runtime_dir = config.state.runtime_dir;
+    node.cache_bytes = config.cache.size.0;
+    node.nbd.tcp = tcp;
+    node.nbd.unix = Some(config.nbd.socket).filter(|path| !path.as_os_str().is_empty());
+    node.nbd.connections_max = usize::try_from(config.limits.nbd_connections)?;
+    node.engine.commit_dirty_bytes = config.commit.dirty_bytes.0;
+    node.engine.commit_age = Duration::from_secs(config.commit.age_seconds);
+    let node = Node::start(node).await?;
+    let stopping = node.clone();
+    Ok(RunningNode {
+        service: node,
+        shutdown: Box::new(move || {
+            Box::pin(async move {
+                stopping.shutdown(STOP_TIME).await;
+                Ok(())
+            })
+        }),
+    })
 }
 
 /// A runtime whose threads say in their names what they are for: `async-N` poll futures and never block, `blocking-N` do

@@ -107,7 +107,7 @@ enum Found {
     Blank(DiskPath),
 }
 
-async fn is_blank(engine: &Engine, path: &DiskPath) -> Result<bool, EngineError> {
+pub(super) async fn is_blank(engine: &Engine, path: &DiskPath) -> Result<bool, EngineError> {
     let file =
         engine.disk.open(path.clone(), Lock::Exclusive).await.map_err(disk("look at an epoch file"))?;
     let data = file.data_stretches(MAP_PAGE_BYTES, 1).await.map_err(disk("look at an epoch file"))?;
@@ -201,9 +201,8 @@ async fn recover(engine: &Arc<Engine>, held: HeldHead, found: Vec<Found>) -> Res
             orphans.len()
         );
     }
-    if orphans.is_empty() {
-        write_base_record(engine, &base_record(&held)).await;
-    }
+    write_base_record(engine, &base_record(&held)).await;
+    remove_stray_records(engine, &held.head, &orphans).await;
     for epoch in removed {
         epoch.unlink(&engine.disk).await.map_err(disk("remove an epoch file"))?;
     }
@@ -236,6 +235,21 @@ fn base_record(held: &HeldHead) -> BaseRecord {
         epoch: held.head.last_epoch(),
         map: held.head.map,
         size_bytes: held.head.size_bytes,
+    }
+}
+
+/// Removes records of the bases of terms that left no orphans. They are only of use beside one.
+async fn remove_stray_records(engine: &Engine, head: &Head, orphans: &[Arc<Epoch>]) {
+    let folder = EpochHeader::folder(&head.uid);
+    let names = engine.disk.list(DiskPath::state(&*folder)).await.unwrap_or_default();
+    let terms = orphans.iter().map(|epoch| epoch.header().term).chain([head.term]);
+    let kept: Vec<String> = terms.map(|term| BaseRecord::path(&head.uid, term).path).collect();
+    for path in names.iter().filter(|name| name.starts_with("base-")).map(|name| format!("{folder}/{name}")) {
+        if !kept.contains(&path)
+            && let Err(error) = engine.disk.remove(DiskPath::state(&*path)).await
+        {
+            log::debug!("{path} stays: {error}");
+        }
     }
 }
 

@@ -101,9 +101,9 @@ pub struct BaseRecord {
 }
 
 impl BaseRecord {
-    /// Where it is kept.
-    pub fn path(uid: &Uid) -> DiskPath {
-        DiskPath::state(format!("{}/base.json", EpochHeader::folder(uid)))
+    /// Where that of a term is kept: epochs of an older term that are orphans keep theirs.
+    pub fn path(uid: &Uid, term: u64) -> DiskPath {
+        DiskPath::state(format!("{}/base-{term:020}.json", EpochHeader::folder(uid)))
     }
 }
 
@@ -133,10 +133,11 @@ pub struct Destager {
     next_number: u64,
 }
 
-/// What packing the frozen epochs came to.
-struct Packed {
-    packs: Vec<(PackRef, Arc<PackIndex>)>,
-    bytes: u64,
+/// What packing frozen epochs came to.
+#[derive(Default)]
+pub(super) struct Packed {
+    pub(super) packs: Vec<(PackRef, Arc<PackIndex>)>,
+    pub(super) bytes: u64,
     /// Only filled by [`Mutant::HeadBeforePack`].
     held_back: Vec<(Key, Bytes)>,
 }
@@ -306,7 +307,7 @@ impl Destager {
         for epoch in layers.frozen.iter().chain([&layers.active]).chain(&self.standby) {
             self.unlink(epoch).await;
         }
-        let record = BaseRecord::path(&self.held.head.uid);
+        let record = BaseRecord::path(&self.held.head.uid, self.held.head.term);
         let gone = self.engine.disk.remove(record.clone()).await;
         if let Err(error) = match gone {
             Ok(()) => self.engine.disk.remove_dir(record.parent()).await,
@@ -411,7 +412,7 @@ impl Destager {
             return Ok(());
         }
         let started = self.engine.clock.now();
-        let packed = self.pack(&layers.base, &group).await?;
+        let packed = pack(&self.engine, &mut self.stamps, &layers.base, &group).await?;
         // Between the last read of an epoch and the head: an error of the write-back may have turned what was read
         // into something that nobody wrote.
         self.check_write_back(&group).await?;
@@ -525,76 +526,6 @@ impl Destager {
         write_base_record(&self.engine, &record).await;
     }
 
-    /// Packs what `group` changes about `base`, and puts the packs.
-    async fn pack(&mut self, base: &Arc<BaseMap>, group: &[Arc<Epoch>]) -> Result<Packed, EngineError> {
-        let mut packed = Packed { packs: Vec::new(), bytes: 0, held_back: Vec::new() };
-        let (blocks, runs) = recorded(group);
-        if blocks.is_empty() && runs.is_empty() {
-            return Ok(packed);
-        }
-        let engine = self.engine.clone();
-        let permit = engine.packs.acquire().await;
-        let newest_first: Vec<Arc<Epoch>> = group.iter().rev().cloned().collect();
-        let size_bytes = group.iter().map(|epoch| epoch.header().size_bytes).max().unwrap_or(0);
-        let batches: Vec<Vec<u64>> = blocks.chunks(BLOCKS_A_BATCH).map(<[u64]>::to_vec).collect();
-        let mut builder = PackBuilder::new(self.stamps.take(&self.engine));
-        if !mutant::on(Mutant::ZeroNotRecorded) {
-            for run in runs.into_iter().flat_map(|run| split_at_segments(&run).collect::<Vec<_>>()) {
-                if !base.is_zero(run.clone()) {
-                    builder.push_zero_run(BlockIndex(run.start), run.end - run.start);
-                    self.put_if_full(&mut builder, &mut packed).await?;
-                }
-            }
-        }
-        let (newest_first, engine_of_blocks) = (&newest_first, &self.engine.clone());
-        let mut encoded = stream::iter(batches)
-            .map(|batch| encode_batch(engine_of_blocks, base, newest_first, batch, size_bytes))
-            .buffered(BLOCKS_AT_ONCE / BLOCKS_A_BATCH);
-        while let Some(batch) = encoded.try_next().await? {
-            for block in batch {
-                match block {
-                    Block::Unchanged => {}
-                    Block::Zero(_) if mutant::on(Mutant::ZeroNotRecorded) => {}
-                    Block::Zero(block) => builder.push_zero_run(block, 1),
-                    Block::Data(block, encoded) => builder.push(block, encoded),
-                }
-                self.put_if_full(&mut builder, &mut packed).await?;
-            }
-        }
-        if !builder.is_empty() {
-            self.put_pack(builder, &mut packed).await?;
-        }
-        drop(permit);
-        Ok(packed)
-    }
-
-    async fn put_if_full(
-        &mut self,
-        builder: &mut PackBuilder,
-        packed: &mut Packed,
-    ) -> Result<(), EngineError> {
-        if !builder.is_full() {
-            return Ok(());
-        }
-        let next = PackBuilder::new(self.stamps.take(&self.engine));
-        self.put_pack(std::mem::replace(builder, next), packed).await
-    }
-
-    async fn put_pack(&self, builder: PackBuilder, packed: &mut Packed) -> Result<(), EngineError> {
-        let (bytes, reference, index) = self.engine.offload.run(move || builder.finish()).await;
-        let index = Arc::new(index);
-        let key = keys::pack(&reference.id);
-        packed.bytes += bytes.len() as u64;
-        if mutant::on(Mutant::HeadBeforePack) {
-            packed.held_back.push((key, bytes));
-        } else {
-            self.engine.put_immutable(&key, bytes).await?;
-        }
-        self.engine.remember_pack(&reference, index.clone());
-        packed.packs.push((reference, index));
-        Ok(())
-    }
-
     /// Puts the map that has the packs too, folded if the packs are many. The base itself if nothing changed.
     async fn publish_map(
         &mut self,
@@ -614,10 +545,94 @@ impl Destager {
     }
 }
 
+/// Packs what `group` changes about `base`, and puts the packs.
+///
+/// # Errors
+/// `Unavailable`, `Corrupt`, `Disk`: some packs may have been put.
+pub(super) async fn pack(
+    engine: &Arc<Engine>,
+    stamps: &mut Stamps,
+    base: &Arc<BaseMap>,
+    group: &[Arc<Epoch>],
+) -> Result<Packed, EngineError> {
+    let mut packed = Packed::default();
+    let (blocks, runs) = recorded(group);
+    if blocks.is_empty() && runs.is_empty() {
+        return Ok(packed);
+    }
+    let permit = engine.packs.acquire().await;
+    let newest_first: Vec<Arc<Epoch>> = group.iter().rev().cloned().collect();
+    let size_bytes = group.iter().map(|epoch| epoch.header().size_bytes).max().unwrap_or(0);
+    let batches: Vec<Vec<u64>> = blocks.chunks(BLOCKS_A_BATCH).map(<[u64]>::to_vec).collect();
+    let mut builder = PackBuilder::new(stamps.take(engine));
+    if !mutant::on(Mutant::ZeroNotRecorded) {
+        for run in runs.into_iter().flat_map(|run| split_at_segments(&run).collect::<Vec<_>>()) {
+            if !base.is_zero(run.clone()) {
+                builder.push_zero_run(BlockIndex(run.start), run.end - run.start);
+                put_if_full(engine, stamps, &mut builder, &mut packed).await?;
+            }
+        }
+    }
+    let newest_first = &newest_first;
+    let mut encoded = stream::iter(batches)
+        .map(|batch| encode_batch(engine, base, newest_first, batch, size_bytes))
+        .buffered(BLOCKS_AT_ONCE / BLOCKS_A_BATCH);
+    while let Some(batch) = encoded.try_next().await? {
+        for block in batch {
+            match block {
+                Block::Unchanged => {}
+                Block::Zero(_) if mutant::on(Mutant::ZeroNotRecorded) => {}
+                Block::Zero(block) => builder.push_zero_run(block, 1),
+                Block::Data(block, encoded) => builder.push(block, encoded),
+            }
+            put_if_full(engine, stamps, &mut builder, &mut packed).await?;
+        }
+    }
+    if !builder.is_empty() {
+        put_pack(engine, builder, &mut packed).await?;
+    }
+    drop(permit);
+    Ok(packed)
+}
+
+pub(super) async fn put_if_full(
+    engine: &Engine,
+    stamps: &mut Stamps,
+    builder: &mut PackBuilder,
+    packed: &mut Packed,
+) -> Result<(), EngineError> {
+    if !builder.is_full() {
+        return Ok(());
+    }
+    let next = PackBuilder::new(stamps.take(engine));
+    put_pack(engine, std::mem::replace(builder, next), packed).await
+}
+
+pub(super) async fn put_pack(
+    engine: &Engine,
+    builder: PackBuilder,
+    packed: &mut Packed,
+) -> Result<(), EngineError> {
+    let (bytes, reference, index) = engine.offload.run(move || builder.finish()).await;
+    let index = Arc::new(index);
+    let key = keys::pack(&reference.id);
+    packed.bytes += bytes.len() as u64;
+    if mutant::on(Mutant::HeadBeforePack) {
+        packed.held_back.push((key, bytes));
+    } else {
+        engine.put_immutable(&key, bytes).await?;
+    }
+    engine.remember_pack(&reference, index.clone());
+    packed.packs.push((reference, index));
+    Ok(())
+}
+
 /// Writes the record of a volume's base. Without it only orphans are harder to place, so a failure is a warning.
 pub async fn write_base_record(engine: &Engine, record: &BaseRecord) {
     let bytes = serde_json::to_vec_pretty(record).expect("plain data serialises");
-    if let Err(error) = engine.disk.write_small(BaseRecord::path(&record.uid), Bytes::from(bytes)).await {
+    if let Err(error) =
+        engine.disk.write_small(BaseRecord::path(&record.uid, record.term), Bytes::from(bytes)).await
+    {
         log::warn!("cannot note the last commit of {} in the state directory: {error}", record.name);
     }
 }

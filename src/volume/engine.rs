@@ -91,6 +91,9 @@ pub enum EngineError {
     /// The volume stopped.
     #[error("{0}")]
     Stopped(String),
+    /// An image from outside cannot be read.
+    #[error("{0}")]
+    Source(String),
 }
 
 impl From<Lost> for EngineError {

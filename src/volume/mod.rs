@@ -69,6 +69,7 @@ impl From<EngineError> for BlockError {
             EngineError::Corrupt(text)
             | EngineError::NotFound(text)
             | EngineError::Conflict(text)
+            | EngineError::Source(text)
             | EngineError::Disk(text) => Self::Io(text),
         }
     }
