@@ -174,7 +174,8 @@ fn imports_name_what_they_import() {
             let import = line.starts_with("use ")
                 || line.starts_with("pub use ")
                 || line.starts_with("pub(crate) use ");
-            let glob = line.ends_with("*;") && line != "use super::*;" && !line.contains("::prelude::");
+            let glob =
+                line.ends_with("*;") && !line.starts_with("use super::") && !line.contains("::prelude::");
             if import && glob {
                 found.push(format!("{}:{number}: {line}", source.path));
             }

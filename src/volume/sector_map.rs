@@ -95,13 +95,7 @@ pub fn zeroed(word: u64, mask: u32) -> u64 {
 
 /// `word` after its whole block became zero, which the block bit says too: a word that says something goes on saying it.
 pub fn block_zeroed(word: u64) -> u64 {
-    if word == 0 {
-        0
-    } else if mutant::on(Mutant::DiscardEmptiesWords) {
-        0
-    } else {
-        u64::from(u32::MAX) << 32
-    }
+    if word == 0 || mutant::on(Mutant::DiscardEmptiesWords) { 0 } else { u64::from(u32::MAX) << 32 }
 }
 
 /// Changes a word, then marks its page changed: marked first, a flush could clear the mark and copy the old word.
