@@ -137,6 +137,11 @@ impl Volume {
         self.uid
     }
 
+    /// The term that it is attached in.
+    pub fn term(&self) -> u64 {
+        self.layers.load().active.header().term
+    }
+
     /// What it did.
     pub fn counters(&self) -> &Counters {
         &self.counters
