@@ -26,11 +26,13 @@ pub trait Word {
     fn fetch_sub(&self, value: u64, order: Ordering) -> u64;
     fn swap(&self, value: u64, order: Ordering) -> u64;
     fn compare_exchange(&self, old: u64, new: u64, ok: Ordering, fail: Ordering) -> Result<u64, u64>;
+    /// A `SeqCst` fence.
+    fn fence();
 }
 
 /// Implements [`Word`] by an atomic's own methods.
 macro_rules! word {
-    ($atomic:ty) => {
+    ($atomic:ty, $fence:path) => {
         impl Word for $atomic {
             fn load(&self, order: Ordering) -> u64 {
                 self.load(order)
@@ -53,16 +55,21 @@ macro_rules! word {
             fn compare_exchange(&self, old: u64, new: u64, ok: Ordering, fail: Ordering) -> Result<u64, u64> {
                 self.compare_exchange(old, new, ok, fail)
             }
+            fn fence() {
+                $fence(Ordering::SeqCst);
+            }
         }
     };
 }
 
-word!(AtomicU64);
+word!(AtomicU64, std::sync::atomic::fence);
 
-/// Enters the epoch `number` as a writer, if it still is the active one. Both sides are `SeqCst`: with anything less the
-/// one who freezes can read a count of zero while a writer, having read the old number, is inside.
+/// Enters the epoch `number` as a writer, if it still is the active one. Both sides have a `SeqCst` fence between what
+/// they write and what they read: with anything less the one who freezes can read a count of zero while a writer, having
+/// read the old number, is inside.
 pub fn enter<W: Word>(active: &W, number: u64, writers: &W) -> bool {
     writers.fetch_add(1, Ordering::SeqCst);
+    W::fence();
     mutant::on(Mutant::NoSecondLook) || active.load(Ordering::SeqCst) == number
 }
 
@@ -70,12 +77,15 @@ pub fn enter<W: Word>(active: &W, number: u64, writers: &W) -> bool {
 /// wake whoever waits for that.
 #[must_use]
 pub fn leave<W: Word>(active: &W, number: u64, writers: &W) -> bool {
-    writers.fetch_sub(1, Ordering::SeqCst) == 1 && active.load(Ordering::SeqCst) != number
+    let last = writers.fetch_sub(1, Ordering::SeqCst) == 1;
+    W::fence();
+    last && active.load(Ordering::SeqCst) != number
 }
 
 /// Makes `next` the active epoch. The old one is frozen once [`is_drained`] says so.
 pub fn freeze<W: Word>(active: &W, next: u64) {
     active.store(next, Ordering::SeqCst);
+    W::fence();
 }
 
 /// Whether no writer is inside.
@@ -666,7 +676,7 @@ mod tests {
         use loom::sync::atomic::AtomicU64 as LoomU64;
         use loom::thread;
 
-        word!(LoomU64);
+        word!(LoomU64, loom::sync::atomic::fence);
 
         /// L6: a cutter that saw the count at zero has every write that was acknowledged in the old epoch.
         fn cut_against_a_writer() {
