@@ -8,7 +8,7 @@ use blockhouse::block::{self, BlockError, BlockHandler, Source};
 use blockhouse::disk::real::{RealDisk, RealDiskConfig};
 use blockhouse::geometry::{BLOCK_BYTES, ByteRange};
 use blockhouse::offload::Offload;
-use blockhouse::store::{Expect, ObjectStore};
+use blockhouse::store::Expect;
 use blockhouse::volume::cache::{CacheConfig, CleanCache};
 use blockhouse::volume::engine::EngineError;
 use blockhouse::volume::head::{SmallObject, keys};
@@ -23,7 +23,7 @@ const SIZE: u64 = 64 * MIB;
 const PART: (u64, u64) = (3 * BLOCK_BYTES + 512, 20 * KIB);
 
 async fn volume() -> Node {
-    let node = Node::new();
+    let node = Node::new().await;
     node.create("v", SIZE, None).await;
     node
 }
@@ -99,7 +99,7 @@ async fn l4_a_failed_sync_is_final_across_a_restart_and_nothing_is_committed() {
 async fn l5_a_flush_never_joins_one_that_runs() {
     let mut node = volume().await;
     let life = node.life("v").await;
-    node.await_epoch_files(2).await;
+    life.ready().await;
     life.write(0, fill(1, 4 * KIB)).await;
     let begun = *node.taps.begun_syncs.borrow();
     node.taps.held_syncs.send_replace(true);
@@ -225,7 +225,7 @@ async fn l8_only_a_write_with_its_payload_at_hand_holds_an_epoch() {
 async fn l11_the_file_of_the_next_cut_is_there_before_the_disk_is_full() {
     let mut node = volume().await;
     let life = node.life("v").await;
-    node.await_epoch_files(2).await;
+    life.ready().await;
     life.write(0, fill(1, MIB)).await;
     node.taps.full_creates.store(true, Ordering::SeqCst);
     tokio::time::timeout(Duration::from_secs(20), life.commit()).await.expect("a full disk still commits");
@@ -408,7 +408,7 @@ fn l24_a_sync_that_a_kill_cut_short_makes_recovery_write_all_live_sectors_again(
     let first = runtime();
     first.block_on(async {
         let life = node.life("v").await;
-        node.await_epoch_files(2).await;
+        life.ready().await;
         life.write(MIB, noise(1, 12 * KIB)).await;
         let begun = *node.taps.begun_syncs.borrow();
         node.taps.held_syncs.send_replace(true);
