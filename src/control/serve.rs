@@ -37,7 +37,9 @@ pub async fn start_node(config: Config) -> anyhow::Result<RunningNode> {
     let mut tcp = Vec::new();
     for address in &config.nbd.listen {
         let found = tokio::net::lookup_host(address).await;
-        tcp.extend(found.with_context(|| format!("failed to find the address nbd.listen = \"{address}\""))?.take(1));
+        tcp.extend(
+            found.with_context(|| format!("failed to find the address nbd.listen = \"{address}\""))?.take(1),
+        );
     }
     let mut node = NodeConfig::new(config.pool.dir, config.state.dir);
     node.runtime_dir = config.state.runtime_dir;

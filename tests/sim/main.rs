@@ -122,7 +122,8 @@ impl Run {
             }
             noting.note(&format!("head of term {} lands, commit {:?}", head.term, head.last_epoch()));
             // Content that was judged when it came; what it is of may be forgotten by now.
-            let known = last_map.lock().replace((head.map, head.size_bytes)) == Some((head.map, head.size_bytes));
+            let known =
+                last_map.lock().replace((head.map, head.size_bytes)) == Some((head.map, head.size_bytes));
             match objects.content(head.map.as_ref(), head.size_bytes) {
                 Ok(_) if known => {}
                 Err(error) => oracle.fail(format!("P4: head cannot be read: {error}")),

@@ -262,7 +262,11 @@ impl State {
                 let inode = &mut self.inodes[at];
                 inode.dirty.remove(&sector);
                 if fails {
-                    say(self.show, self.steps, format_args!("write-back of sector {sector} of file {at} fails"));
+                    say(
+                        self.show,
+                        self.steps,
+                        format_args!("write-back of sector {sector} of file {at} fails"),
+                    );
                     inode.lost.insert(sector);
                     inode.error = true;
                 } else {
@@ -422,7 +426,10 @@ impl DiskFile for SimFile {
             };
             let first = offset / SECTOR;
             let op = world.begin(inode, first, data.clone());
-            world.state.lock().say(format_args!("put {} sectors from {first} of file {inode}", data.len() / 512));
+            world
+                .state
+                .lock()
+                .say(format_args!("put {} sectors from {first} of file {inode}", data.len() / 512));
             world.step().await;
             let no_space = world.state.lock().profile.no_space;
             let fails = world.chance(no_space);
@@ -462,7 +469,10 @@ impl DiskFile for SimFile {
                 let mut state = world.state.lock();
                 let Some((_, sectors)) = state.syncs_in_flight.remove(&op) else { return Ok(()) };
                 let failed = state.finish_sync(inode, &sectors, fails);
-                state.say(format_args!("sync {op} of file {inode}: {}", if failed { "fails" } else { "done" }));
+                state.say(format_args!(
+                    "sync {op} of file {inode}: {}",
+                    if failed { "fails" } else { "done" }
+                ));
                 failed
             };
             world.step().await;
