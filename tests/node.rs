@@ -6,8 +6,11 @@ mod node_place;
 use blockhouse::clock::Clock;
 use blockhouse::node::Node;
 use blockhouse::node::service::{Done, Refusal, Service};
-use blockhouse::store::ObjectStore;
+use blockhouse::store::dir::{DirConfig, DirStore};
 use blockhouse::store::memory::MemoryStore;
+use blockhouse::store::{Expect, GetRange, ObjectStore};
+use blockhouse::volume::head::{Head, SmallObject, TermEnd, keys};
+use blockhouse::volume::ids::Nonce;
 use futures::StreamExt;
 use node_place::{
     Failing, Failure, MIB, Place, create_attached, empty, fork, holds, import, kill, open, read, stop, write,
@@ -348,5 +351,79 @@ async fn operations_go_on_through_single_failures_of_the_pool() {
         }
     }
     assert!(node.volumes().await.unwrap().is_empty());
+    stop(node).await;
+}
+
+/// Changes a head in the pool, as a node that takes the volume over and gives it back does.
+async fn take_over(place: &Place, name: &str) {
+    let store = DirStore::open(place.config("a").pool_dir, DirConfig::default()).await.unwrap();
+    let key = keys::volume(name);
+    let found = store.get(&key, GetRange::Whole { max_bytes: 65_536 }).await.unwrap();
+    let mut head = Head::decode(&found.bytes).unwrap();
+    head.nonce = Nonce([9; 16]);
+    head.begin_term(None, TermEnd::Taken);
+    store.swap(&key, Expect::State(found.etag), head.encode()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn g1_writes_of_a_lost_volume_are_listed_and_become_a_volume_of_their_own() {
+    let place = Place::new();
+    let node = place.start("a").await;
+    create_attached(&node, "vm-1", empty(16 * MIB)).await;
+    write(&node, "vm-1", 0, 1, 300_000).await;
+    node.wait_durable("vm-1").await.unwrap();
+    write(&node, "vm-1", 4096, 2, 4096).await;
+    assert!(node.orphans().await.unwrap().is_empty());
+    kill(node).await;
+    take_over(&place, "vm-1").await;
+    let node = place.start("a").await;
+    // Served again, as the history has it, beside the writes that it does not have.
+    assert!(holds(&node, "vm-1", 0, 1, 300_000).await);
+    write(&node, "vm-1", 0, 3, 4096).await;
+    node.wait_durable("vm-1").await.unwrap();
+    let orphans = node.orphans().await.unwrap();
+    assert_eq!((orphans.len(), orphans[0].volume.as_str(), orphans[0].dirty_bytes), (1, "vm-1", 4096));
+    node.detach("vm-1", false).await.unwrap();
+    assert_eq!(node.orphans().await.unwrap()[0].id, orphans[0].id);
+    assert_eq!(node.recover(&orphans[0].id, "vm-1").await.unwrap_err().refusal, Refusal::Conflict);
+    node.recover(&orphans[0].id, "vm-1-lost").await.unwrap();
+    node.attach("vm-1-lost").await.unwrap();
+    assert!(holds(&node, "vm-1-lost", 0, 1, 4096).await);
+    assert!(holds(&node, "vm-1-lost", 4096, 2, 4096).await);
+    assert!(holds(&node, "vm-1-lost", 8192, 1, 290_000).await);
+    assert!(node.orphans().await.unwrap().is_empty());
+    stop(node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_cannot_be_recovered_stays_in_the_table_and_is_told() {
+    let place = Place::new();
+    let node = place.start("a").await;
+    create_attached(&node, "vm-1", empty(16 * MIB)).await;
+    create_attached(&node, "vm-2", empty(16 * MIB)).await;
+    write(&node, "vm-1", 0, 1, 4096).await;
+    kill(node).await;
+    let epochs = place.config("a").state_dir.join("volumes");
+    let uid = {
+        let node = place.start("a").await;
+        let uid = node.volume("vm-1").await.unwrap().uid;
+        kill(node).await;
+        uid
+    };
+    for file in std::fs::read_dir(epochs.join(uid)).unwrap().map(|file| file.unwrap().path()) {
+        if file.file_name().unwrap().to_string_lossy().starts_with("epoch-") {
+            let damaged = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
+            std::os::unix::fs::FileExt::write_at(&damaged, b"damage", 20).unwrap();
+        }
+    }
+    let node = place.start("a").await;
+    assert_eq!(node.volume("vm-1").await.unwrap().state, "stopped");
+    assert_eq!(node.volume("vm-2").await.unwrap().state, "attached");
+    assert!(node.exports().open("vm-1").await.is_err());
+    assert!(node.doctor().await.unwrap().iter().any(|finding| finding.what == "volume vm-1"));
+    assert_eq!(node.attach("vm-1").await.unwrap_err().refusal, Refusal::Corrupt);
+    kill(node).await;
+    let node = place.start("a").await;
+    assert_eq!(node.volume("vm-1").await.unwrap().state, "stopped");
     stop(node).await;
 }

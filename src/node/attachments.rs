@@ -9,6 +9,7 @@ use super::meter::{Meter, Metered};
 use crate::disk::{Disk, DiskPath};
 use crate::node::service::{Done, Refusal, ServiceError};
 use crate::volume::attach::attach;
+use crate::volume::catalog::orphans::InUse;
 use crate::volume::catalog::read_volume;
 use crate::volume::destage::{DestagerHandle, Request};
 use crate::volume::engine::EngineError;
@@ -176,9 +177,13 @@ impl Table {
     }
 
     /// Volumes whose local files are, or are about to be, in use.
-    pub fn uids(&self) -> Vec<Uid> {
-        let in_use = |row: &&Row| !matches!(row.entry, Entry::Failed(_));
-        self.rows.lock().values().filter(in_use).map(|row| row.uid).collect()
+    pub fn in_use(&self) -> Vec<InUse> {
+        let in_use = |row: &Row| match &row.entry {
+            Entry::Running(running) => Some(InUse { uid: row.uid, term: Some(running.volume.term()) }),
+            Entry::Recovering => Some(InUse { uid: row.uid, term: None }),
+            Entry::Failed(_) => None,
+        };
+        self.rows.lock().values().filter_map(in_use).collect()
     }
 
     fn name_of(&self, uid: &Uid) -> Option<String> {

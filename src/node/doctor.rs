@@ -178,7 +178,7 @@ impl Core {
     /// As [`orphans::orphans`].
     pub async fn orphans(&self) -> Result<Vec<orphans::Orphan>, EngineError> {
         let _files = self.table.local_files.write().await;
-        orphans::orphans(&self.engine, &self.table.uids()).await
+        orphans::orphans(&self.engine, &self.table.in_use()).await
     }
 
     /// Space here and in the pool.

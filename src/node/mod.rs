@@ -197,7 +197,8 @@ impl Node {
             .await
             .context("failed to start the NBD server")?;
         let tcp = server.tcp_addresses().iter().map(|address| Address::Tcp(reachable(*address)));
-        let unix = core.config.nbd.unix.iter().cloned().map(Address::Unix);
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let unix = core.config.nbd.unix.iter().map(|path| Address::Unix(absolute(path)));
         // Set once, here.
         drop(core.addresses.set(tcp.chain(unix).collect()));
         tokio::spawn(core.clone().begin());

@@ -295,7 +295,7 @@ impl Core {
         check_name(name).map_err(invalid)?;
         let _turn = self.table.turn(name).await;
         let _files = self.table.local_files.write().await;
-        let head = orphans::recover(&self.engine, &self.table.uids(), id, name).await?;
+        let head = orphans::recover(&self.engine, &self.table.in_use(), id, name).await?;
         Ok(self.info_with(name.to_owned(), head, Vec::new()))
     }
 

@@ -168,7 +168,7 @@ impl Destager {
             let volume = destager.volume.clone();
             // Dropping the work at any await is as good as a crash there, which recovery is made for.
             if abandon.run_until_cancelled(destager.run(receiver)).await.is_none() {
-                volume.stop("given up by this node; its local data is kept");
+                volume.end("given up by this node; its local data is kept");
             }
             drop(done);
         });
@@ -302,7 +302,7 @@ impl Destager {
             self.volume.refuse_io(false);
             return Err(error);
         }
-        self.volume.stop("detached");
+        self.volume.end("detached");
         let layers = self.volume.layers.load_full();
         for epoch in layers.frozen.iter().chain([&layers.active]).chain(&self.standby) {
             self.unlink(epoch).await;

@@ -336,3 +336,47 @@ pub async fn export(
     });
     Ok(stream::iter(steps).buffered(EXPORT_AHEAD).boxed())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::source::{SourceLimits, open_source};
+    use proptest::prelude::*;
+
+    async fn cut(content: Vec<u8>, part_len: usize) -> (Vec<(u64, Bytes)>, u64) {
+        let total_bytes = Some(content.len() as u64);
+        let parts: Vec<_> = content.chunks(part_len).map(|part| Ok(Bytes::copy_from_slice(part))).collect();
+        let bytes = stream::iter(parts).boxed();
+        let source =
+            open_source(bytes, total_bytes, std::env::temp_dir(), SourceLimits::default()).await.unwrap();
+        let mut cutter = Cutter::new(source);
+        let mut blocks = Vec::new();
+        while let Some((block, content)) = cutter.next().await.unwrap() {
+            blocks.push((block.0, content));
+        }
+        (blocks, cutter.position_bytes.load(Ordering::Relaxed))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn blocks_hold_what_the_source_has_each_once_and_in_order(
+            runs in proptest::collection::vec((any::<u8>(), 1usize..300_000), 1..6),
+            part_len in 1_000usize..400_000,
+        ) {
+            let content: Vec<u8> = runs.iter().flat_map(|&(fill, len)| vec![fill / 2 * (fill % 2); len]).collect();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let (blocks, end) = runtime.block_on(cut(content.clone(), part_len));
+            prop_assert!(blocks.is_sorted_by(|a, b| a.0 < b.0));
+            prop_assert_eq!(end.div_ceil(512), content.len().div_ceil(512) as u64);
+            let mut rebuilt = vec![0; content.len().div_ceil(BLOCK_LEN) * BLOCK_LEN];
+            for (block, bytes) in blocks {
+                prop_assert_eq!(bytes.len(), BLOCK_LEN);
+                let at = usize::try_from(block).unwrap() * BLOCK_LEN;
+                rebuilt[at..at + BLOCK_LEN].copy_from_slice(&bytes);
+            }
+            rebuilt.truncate(content.len());
+            prop_assert!(rebuilt == content);
+        }
+    }
+}

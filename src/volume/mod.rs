@@ -137,6 +137,11 @@ impl Volume {
         self.uid
     }
 
+    /// The term that it is attached in.
+    pub fn term(&self) -> u64 {
+        self.layers.load().active.header().term
+    }
+
     /// What it did.
     pub fn counters(&self) -> &Counters {
         &self.counters
@@ -152,9 +157,17 @@ impl Volume {
 
     /// Stops the volume for good: its data is kept, nothing more is acknowledged or committed.
     pub fn stop(&self, reason: impl Into<String>) {
-        let reason = reason.into();
+        self.stop_logged(reason.into(), log::Level::Error);
+    }
+
+    /// As [`Volume::stop`], for a volume that was asked to.
+    fn end(&self, reason: impl Into<String>) {
+        self.stop_logged(reason.into(), log::Level::Info);
+    }
+
+    fn stop_logged(&self, reason: String, level: log::Level) {
         if self.stop_reason.set(reason.clone()).is_ok() {
-            log::error!(volume = self.uid.to_string().as_str(); "volume stops: {reason}");
+            log::log!(level, volume = self.uid.to_string().as_str(); "volume stops: {reason}");
             self.stopped.store(true, Ordering::SeqCst);
             self.stops.send_replace(true);
             self.dirtied.notify_one();

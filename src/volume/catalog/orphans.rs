@@ -31,6 +31,14 @@ pub struct Orphan {
     pub reason: String,
 }
 
+/// A volume that is attached here, or about to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct InUse {
+    pub uid: Uid,
+    /// Files of this term are its own, those of others are not; none: all of them may be.
+    pub term: Option<u64>,
+}
+
 /// One epoch file of the state directory.
 struct Local {
     term: u64,
@@ -44,11 +52,11 @@ struct Owned<'a> {
     unread: bool,
 }
 
-/// Lists the orphans of this node. `in_use`: volumes that are attached here, or about to be.
+/// Lists the orphans of this node. Files that are `in_use` are not touched.
 ///
 /// # Errors
 /// `Disk`, `Unavailable`.
-pub async fn orphans(engine: &Arc<Engine>, in_use: &[Uid]) -> Result<Vec<Orphan>, EngineError> {
+pub async fn orphans(engine: &Arc<Engine>, in_use: &[InUse]) -> Result<Vec<Orphan>, EngineError> {
     let mut heads = HashMap::new();
     let mut unread = false;
     for (name, head) in volumes(engine).await? {
@@ -62,8 +70,13 @@ pub async fn orphans(engine: &Arc<Engine>, in_use: &[Uid]) -> Result<Vec<Orphan>
     let owned = Owned { heads: &heads, unread };
     let folders = engine.disk.list(DiskPath::state("volumes")).await.map_err(disk)?;
     let mut all = Vec::new();
-    for uid in folders.iter().filter_map(|name| Uid::parse(name)).filter(|uid| !in_use.contains(uid)) {
-        all.extend(orphans_of(engine, uid, &owned).await?);
+    for uid in folders.iter().filter_map(|name| Uid::parse(name)) {
+        let own_term = match in_use.iter().find(|used| used.uid == uid) {
+            Some(InUse { term: None, .. }) => continue,
+            Some(InUse { term, .. }) => *term,
+            None => None,
+        };
+        all.extend(orphans_of(engine, uid, own_term, &owned).await?);
     }
     Ok(all)
 }
@@ -72,9 +85,14 @@ fn disk(error: std::io::Error) -> EngineError {
     EngineError::Disk(format!("failed to look at the state directory: {error}"))
 }
 
-async fn orphans_of(engine: &Arc<Engine>, uid: Uid, owned: &Owned<'_>) -> Result<Vec<Orphan>, EngineError> {
+async fn orphans_of(
+    engine: &Arc<Engine>,
+    uid: Uid,
+    own_term: Option<u64>,
+    owned: &Owned<'_>,
+) -> Result<Vec<Orphan>, EngineError> {
     let mut terms: BTreeMap<u64, Orphan> = BTreeMap::new();
-    for local in open_local(engine, &uid).await? {
+    for local in open_local(engine, &uid, |term| Some(term) != own_term).await? {
         let Some(reason) = orphan_reason(engine, &uid, &local, owned) else { continue };
         let name = match (owned.heads.get(&uid), terms.get(&local.term)) {
             (_, Some(known)) => known.volume.clone(),
@@ -122,7 +140,12 @@ fn orphan_reason(engine: &Engine, uid: &Uid, local: &Local, owned: &Owned<'_>) -
     }
 }
 
-async fn open_local(engine: &Arc<Engine>, uid: &Uid) -> Result<Vec<Local>, EngineError> {
+/// The epoch files of a volume in the terms that are `wanted`.
+async fn open_local(
+    engine: &Arc<Engine>,
+    uid: &Uid,
+    wanted: impl Fn(u64) -> bool,
+) -> Result<Vec<Local>, EngineError> {
     let folder = EpochHeader::folder(uid);
     let names = engine.disk.list(DiskPath::state(&*folder)).await.map_err(disk)?;
     let mut found = Vec::new();
@@ -131,6 +154,9 @@ async fn open_local(engine: &Arc<Engine>, uid: &Uid) -> Result<Vec<Local>, Engin
         let Some((term, number)) = numbers.and_then(|(t, n)| Some((t.parse().ok()?, n.parse().ok()?))) else {
             continue;
         };
+        if !wanted(term) {
+            continue;
+        }
         let path = DiskPath::state(format!("{folder}/{name}"));
         let epoch = match Epoch::open(&engine.disk, engine.offload, &path).await {
             Ok(epoch) if epoch.header().pool != engine.identity.pool => {
@@ -163,7 +189,7 @@ async fn read_record(engine: &Engine, uid: &Uid, term: u64) -> Option<BaseRecord
 /// The files stay; the same call again goes on.
 pub async fn recover(
     engine: &Arc<Engine>,
-    in_use: &[Uid],
+    in_use: &[InUse],
     id: &str,
     name: &str,
 ) -> Result<Head, EngineError> {
@@ -178,8 +204,8 @@ pub async fn recover(
         ))
     })?;
     let mut epochs = Vec::new();
-    for local in open_local(engine, &orphan.uid).await? {
-        if local.term == orphan.term && local.number > record.epoch {
+    for local in open_local(engine, &orphan.uid, |term| term == orphan.term).await? {
+        if local.number > record.epoch {
             epochs.push(local.epoch.map_err(EngineError::Corrupt)?);
         }
     }
