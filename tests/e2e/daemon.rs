@@ -16,7 +16,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 pub struct Place {
     pub dir: tempfile::TempDir,
     /// On tmpfs, where there is one.
-    runtime: tempfile::TempDir,
+    pub runtime: tempfile::TempDir,
     pub pool: PathBuf,
     pub state: PathBuf,
     pub cache: &'static str,

@@ -86,7 +86,7 @@ fn state_directory_full(kind: &str) {
     daemon.cli("volume detach vm").ok();
     daemon.stop();
 
-    let other = Place { pool: place.pool.clone(), ..Place::new() };
+    let other = place.other_node();
     let daemon = other.start();
     daemon.attach("vm");
     verify(&daemon, written);

@@ -98,7 +98,7 @@ fn while_the_pool_is_away_writes_and_cached_reads_go_on_in_bounded_memory() {
     daemon.cli("volume wait-durable vm").ok();
     daemon.cli("volume detach vm").ok();
     daemon.stop();
-    let other = Place { pool: place.pool.clone(), ..Place::new() };
+    let other = place.other_node();
     let daemon = other.start();
     daemon.attach("vm");
     let mut client = daemon.client("vm");

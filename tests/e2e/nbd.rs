@@ -37,8 +37,8 @@ pub struct Client {
 pub enum Failure {
     /// The server said so.
     Refused(u32),
-    /// It went away.
-    Gone(io::Error),
+    /// It went away. What was said is for people.
+    Gone(#[expect(dead_code, reason = "shown by Debug")] io::Error),
 }
 
 impl From<io::Error> for Failure {
