@@ -1,7 +1,7 @@
 //! The NBD server as real clients see it: libnbd, QEMU and fio over TCP and Unix sockets, and raw sockets for what
 //! no well-behaved client does.
 
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
 
 mod nbd_disk;
 

@@ -1,5 +1,5 @@
 //! Whole nodes on a directory pool and the machine's own disk.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
 
 mod node_place;
 

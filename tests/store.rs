@@ -1,5 +1,5 @@
 //! One suite for every object store, and what only a directory can get wrong.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
 
 #[path = "store/directory.rs"]
 mod directory;

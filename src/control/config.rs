@@ -189,6 +189,7 @@ impl Loaded {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "before anything is served")]
 fn read_limited(path: &Path) -> std::io::Result<String> {
     use std::io::Read as _;
     let mut text = String::new();
@@ -368,6 +369,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "tests")]
     fn relative_paths_start_at_the_data_directory() {
         let dir = tempfile::tempdir().unwrap();
         let loaded = Loaded::load(None, Some(dir.path())).unwrap();
@@ -381,6 +383,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "tests")]
     fn a_named_file_must_be_there_and_small() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.toml");

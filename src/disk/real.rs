@@ -3,6 +3,10 @@
 //! Owns: locks, `NOWAIT` and blocking I/O, mapped files, and the only `unsafe` of the
 //! local path. Blocking calls run on the runtime's threads for blocking work, but for [`RealDisk::open`].
 //! Does not own: what the files mean, where the directories are (`places`), or that only one daemon uses a state directory.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "this room may block: its calls run on threads for blocking work"
+)]
 
 mod places;
 

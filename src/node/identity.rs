@@ -30,6 +30,7 @@ impl StateLock {
     ///
     /// # Errors
     /// Another daemon has it.
+    #[expect(clippy::disallowed_methods, reason = "before anything is served, and never waits")]
     pub fn take(state_dir: &Path) -> anyhow::Result<Self> {
         DirBuilder::new()
             .recursive(true)

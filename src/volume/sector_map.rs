@@ -26,11 +26,13 @@ pub trait Word {
     fn fetch_sub(&self, value: u64, order: Ordering) -> u64;
     fn swap(&self, value: u64, order: Ordering) -> u64;
     fn compare_exchange(&self, old: u64, new: u64, ok: Ordering, fail: Ordering) -> Result<u64, u64>;
+    /// A `SeqCst` fence.
+    fn fence();
 }
 
 /// Implements [`Word`] by an atomic's own methods.
 macro_rules! word {
-    ($atomic:ty) => {
+    ($atomic:ty, $fence:path) => {
         impl Word for $atomic {
             fn load(&self, order: Ordering) -> u64 {
                 self.load(order)
@@ -53,16 +55,21 @@ macro_rules! word {
             fn compare_exchange(&self, old: u64, new: u64, ok: Ordering, fail: Ordering) -> Result<u64, u64> {
                 self.compare_exchange(old, new, ok, fail)
             }
+            fn fence() {
+                $fence(Ordering::SeqCst);
+            }
         }
     };
 }
 
-word!(AtomicU64);
+word!(AtomicU64, std::sync::atomic::fence);
 
-/// Enters the epoch `number` as a writer, if it still is the active one. Both sides are `SeqCst`: with anything less the
-/// one who freezes can read a count of zero while a writer, having read the old number, is inside.
+/// Enters the epoch `number` as a writer, if it still is the active one. Both sides have a `SeqCst` fence between what
+/// they write and what they read: with anything less the one who freezes can read a count of zero while a writer, having
+/// read the old number, is inside.
 pub fn enter<W: Word>(active: &W, number: u64, writers: &W) -> bool {
     writers.fetch_add(1, Ordering::SeqCst);
+    W::fence();
     mutant::on(Mutant::NoSecondLook) || active.load(Ordering::SeqCst) == number
 }
 
@@ -70,12 +77,15 @@ pub fn enter<W: Word>(active: &W, number: u64, writers: &W) -> bool {
 /// wake whoever waits for that.
 #[must_use]
 pub fn leave<W: Word>(active: &W, number: u64, writers: &W) -> bool {
-    writers.fetch_sub(1, Ordering::SeqCst) == 1 && active.load(Ordering::SeqCst) != number
+    let last = writers.fetch_sub(1, Ordering::SeqCst) == 1;
+    W::fence();
+    last && active.load(Ordering::SeqCst) != number
 }
 
 /// Makes `next` the active epoch. The old one is frozen once [`is_drained`] says so.
 pub fn freeze<W: Word>(active: &W, next: u64) {
     active.store(next, Ordering::SeqCst);
+    W::fence();
 }
 
 /// Whether no writer is inside.
@@ -95,13 +105,7 @@ pub fn zeroed(word: u64, mask: u32) -> u64 {
 
 /// `word` after its whole block became zero, which the block bit says too: a word that says something goes on saying it.
 pub fn block_zeroed(word: u64) -> u64 {
-    if word == 0 {
-        0
-    } else if mutant::on(Mutant::DiscardEmptiesWords) {
-        0
-    } else {
-        u64::from(u32::MAX) << 32
-    }
+    if word == 0 || mutant::on(Mutant::DiscardEmptiesWords) { 0 } else { u64::from(u32::MAX) << 32 }
 }
 
 /// Changes a word, then marks its page changed: marked first, a flush could clear the mark and copy the old word.
@@ -517,5 +521,256 @@ fn push_runs(runs: &mut Vec<std::ops::Range<u64>>, first_block: u64, mut bits: u
             _ => runs.push(run),
         }
         bits = if skip + count >= 64 { 0 } else { bits & !((1 << (skip + count)) - 1) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parking_lot::Mutex;
+    use proptest::prelude::*;
+
+    /// A live map in plain memory.
+    struct Memory(Box<[AtomicU64]>, Mutex<std::collections::BTreeSet<usize>>);
+
+    impl SharedMap for Memory {
+        fn words(&self) -> &[AtomicU64] {
+            &self.0
+        }
+        fn allocate(&self, page: usize) -> io::Result<()> {
+            self.1.lock().insert(page);
+            Ok(())
+        }
+        fn allocated_pages(&self) -> io::Result<Vec<usize>> {
+            Ok(self.1.lock().iter().copied().collect())
+        }
+    }
+
+    fn map_of(size_bytes: u64) -> (Arc<Memory>, SectorMap) {
+        let layout = MapLayout::of(size_bytes);
+        let words = (0..layout.words()).map(|_| AtomicU64::new(0)).collect();
+        let memory = Arc::new(Memory(words, Mutex::default()));
+        (memory.clone(), SectorMap::new(memory, layout, &[]))
+    }
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Write(u64, u64),
+        Zero(u64, u64),
+        Blocks(u64, u64),
+    }
+
+    fn changes() -> impl Strategy<Value = Vec<Change>> {
+        let change = prop_oneof![
+            (0u64..1024, 1u64..600).prop_map(|(at, len)| Change::Write(at, len)),
+            (0u64..1024, 1u64..200).prop_map(|(at, len)| Change::Zero(at, len)),
+            (0u64..4, 1u64..4).prop_map(|(at, len)| Change::Blocks(at, len)),
+        ];
+        proptest::collection::vec(change, 0..20)
+    }
+
+    proptest! {
+        #[test]
+        fn map_says_what_was_done_last(changes in changes()) {
+            const SECTORS: u64 = 1024;
+            let (_, map) = map_of(SECTORS * SECTOR_BYTES);
+            let mut model = vec![None; 1024];
+            let set = |model: &mut Vec<Option<bool>>, from: u64, len: u64, what| {
+                for sector in from..(from + len).min(SECTORS) {
+                    model[len_of(sector)] = Some(what);
+                }
+            };
+            let bytes = |from: u64, len: u64| {
+                ByteRange::new(from * SECTOR_BYTES, len.min(SECTORS - from) * SECTOR_BYTES)
+            };
+            for change in changes {
+                match change {
+                    Change::Write(from, len) => {
+                        map.allocate(bytes(from, len), Touch::Words).unwrap();
+                        map.mark_written(bytes(from, len));
+                        set(&mut model, from, len, true);
+                    }
+                    Change::Zero(from, len) => {
+                        for (_, piece) in bytes(from, len).split_at_blocks() {
+                            map.allocate(piece, Touch::Words).unwrap();
+                            map.mark_zeroed(piece);
+                        }
+                        set(&mut model, from, len, false);
+                    }
+                    Change::Blocks(from, len) => {
+                        let blocks = from..(from + len).min(4);
+                        map.allocate(bytes(from * 256, (blocks.end - from) * 256), Touch::BlockBits).unwrap();
+                        map.mark_blocks_zeroed(blocks);
+                        set(&mut model, from * 256, len * 256, false);
+                    }
+                }
+            }
+            for (sector, expected) in (0u64..).zip(&model) {
+                let says = map.says(sector);
+                let bit = sector % SECTORS_PER_WORD;
+                let found = match (says.written >> bit & 1, says.zeroed >> bit & 1) {
+                    (1, 0) => Some(true),
+                    (0, 1) => Some(false),
+                    (0, 0) => None,
+                    _ => panic!("both"),
+                };
+                prop_assert_eq!(found, *expected, "sector {}", sector);
+            }
+            let written: Vec<u64> = map
+                .written_ranges()
+                .into_iter()
+                .flat_map(|range| range.start() / SECTOR_BYTES..range.end() / SECTOR_BYTES)
+                .collect();
+            let expected: Vec<u64> = (0..SECTORS).filter(|&s| model[len_of(s)] == Some(true)).collect();
+            prop_assert_eq!(written, expected);
+            prop_assert_eq!(map.is_empty(), model.iter().all(Option::is_none));
+            let (blocks, runs) = map.recorded_blocks();
+            for block in 0..4u64 {
+                let any = model[len_of(block * 256)..len_of(block * 256 + 256)].iter().any(Option::is_some);
+                let listed = blocks.contains(&block) || runs.iter().any(|run| run.contains(&block));
+                prop_assert_eq!(listed, any, "block {}", block);
+            }
+        }
+
+        /// L19: whatever of a whole-block discard's words and bits reached the disk, each sector reads as before or after.
+        #[test]
+        fn l19_any_part_of_a_discard_is_a_state_between(before: [u64; 8], arrived: u16) {
+            let before = before.map(|word| written(word, 0));
+            let reads = |words: [u64; 8], bit: bool, sector: usize| {
+                let word = words[sector / 32];
+                let at = sector % 32;
+                if word >> at & 1 == 1 { 'w' } else if word >> (32 + at) & 1 == 1 || bit { 'z' } else { 'b' }
+            };
+            let clean = before.map(|word| word & !(word << 32));
+            let after = clean.map(block_zeroed);
+            let mixed: [u64; 8] = std::array::from_fn(|at| if arrived >> at & 1 == 1 { after[at] } else { clean[at] });
+            let bit = arrived >> 8 & 1 == 1;
+            for sector in 0..256 {
+                let (old, new, now) =
+                    (reads(clean, false, sector), reads(after, true, sector), reads(mixed, bit, sector));
+                prop_assert!(now == old || now == new, "sector {} reads {} of {} and {}", sector, now, old, new);
+            }
+        }
+    }
+
+    /// L26: what was never written to is not looked at, so that nothing is allocated.
+    #[test]
+    fn l26_reading_and_discarding_an_empty_terabyte_touches_next_to_nothing() {
+        let (memory, map) = map_of(1 << 40);
+        for sector in (0..(1u64 << 40) / SECTOR_BYTES).step_by(1 << 20) {
+            assert_eq!(map.says(sector), Says { written: 0, zeroed: 0 });
+        }
+        assert!(!map.has_record(ByteRange::new(0, 1 << 40)));
+        assert!(memory.1.lock().is_empty());
+        map.allocate(ByteRange::new(0, 1 << 40), Touch::BlockBits).unwrap();
+        map.mark_blocks_zeroed(0..1 << 23);
+        assert_eq!(memory.1.lock().len(), 256, "a bit a block: 1 MiB");
+        assert!(map.says(1 << 30).zeroed == u32::MAX);
+    }
+
+    /// The model checker's atomics: the very functions above run on them, in every order that the memory model allows.
+    mod loomed {
+        use super::super::*;
+        use crate::mutant;
+        use loom::sync::Arc;
+        use loom::sync::atomic::AtomicU64 as LoomU64;
+        use loom::thread;
+
+        word!(LoomU64, loom::sync::atomic::fence);
+
+        /// L6: a cutter that saw the count at zero has every write that was acknowledged in the old epoch.
+        fn cut_against_a_writer() {
+            let active = Arc::new(LoomU64::new(1));
+            let writers = Arc::new(LoomU64::new(0));
+            let bytes = Arc::new(LoomU64::new(0));
+            let writer = {
+                let (active, writers, bytes) = (active.clone(), writers.clone(), bytes.clone());
+                thread::spawn(move || {
+                    if enter(&*active, 1, &*writers) {
+                        bytes.store(7, Ordering::Relaxed);
+                        let _wake = leave(&*active, 1, &*writers);
+                        true
+                    } else {
+                        let _wake = leave(&*active, 1, &*writers);
+                        false
+                    }
+                })
+            };
+            freeze(&*active, 2);
+            let uploaded = is_drained(&*writers).then(|| bytes.load(Ordering::Relaxed));
+            let wrote = writer.join().unwrap();
+            if let Some(uploaded) = uploaded
+                && wrote
+            {
+                assert_eq!(uploaded, 7, "an acknowledged write was not uploaded");
+            }
+        }
+
+        #[test]
+        fn l6_cut_never_misses_a_writer_inside() {
+            loom::model(cut_against_a_writer);
+        }
+
+        #[cfg(feature = "mutants")]
+        #[test]
+        fn l6_without_the_second_look_a_write_is_missed() {
+            let missed = std::thread::spawn(|| {
+                mutant::set(Some(mutant::Mutant::NoSecondLook));
+                std::panic::catch_unwind(|| loom::model(cut_against_a_writer)).is_err()
+            });
+            assert!(missed.join().unwrap());
+        }
+
+        /// The last one out of a frozen epoch wakes the cutter: nobody waits for a wake-up that went by.
+        #[test]
+        fn l6_whoever_waits_for_the_last_writer_is_woken() {
+            loom::model(|| {
+                let active = Arc::new(LoomU64::new(1));
+                let writers = Arc::new(LoomU64::new(0));
+                let writer = {
+                    let (active, writers) = (active.clone(), writers.clone());
+                    thread::spawn(move || {
+                        let _inside = enter(&*active, 1, &*writers);
+                        leave(&*active, 1, &*writers)
+                    })
+                };
+                freeze(&*active, 2);
+                let drained = is_drained(&*writers);
+                let woken = writer.join().unwrap();
+                assert!(drained || woken, "the cutter sleeps for ever");
+            });
+        }
+
+        /// L25: a flush that counted a write has its word in its copy, or an earlier flush had.
+        #[test]
+        fn l25_counted_write_is_in_the_copy() {
+            let mut model = loom::model::Builder::new();
+            // Three threads with a loop each: every schedule with up to two preemptions.
+            model.preemption_bound = Some(2);
+            model.check(|| {
+                let word = Arc::new(LoomU64::new(0));
+                let changed = Arc::new(LoomU64::new(0));
+                let count = Arc::new(LoomU64::new(0));
+                let write = |mask: u32| {
+                    let (word, changed, count) = (word.clone(), changed.clone(), count.clone());
+                    thread::spawn(move || {
+                        update(&*word, &*changed, 1, |old| written(old, mask));
+                        count.fetch_add(1, Ordering::SeqCst);
+                    })
+                };
+                // Both write the same sector: the second finds its bit set, perhaps before its mark.
+                let (one, two) = (write(1), write(1));
+                let mut flushed = 0;
+                for _ in 0..2 {
+                    let counted = count.load(Ordering::SeqCst);
+                    if take_changed(&*changed) != 0 {
+                        flushed = word.load(Ordering::SeqCst);
+                    }
+                    assert!(counted == 0 || flushed & 1 == 1, "a flushed write is not in the flushed map");
+                }
+                one.join().unwrap();
+                two.join().unwrap();
+            });
+        }
     }
 }

@@ -1,5 +1,5 @@
 //! The control room from outside: real sockets, real HTTP, the real binary; only the service behind it is in memory.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
 
 mod api;
 mod cli;

@@ -4,7 +4,7 @@
 //! encode again to what decodes the same. Checksums are made to fit, so that the code behind them is reached.
 //! `BLOCKHOUSE_FUZZ_SECONDS` runs each decoder for longer, `BLOCKHOUSE_FUZZ_SEED` repeats one input. To add a
 //! decoder, add a [`Target`] to [`targets`].
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
 
 mod counting;
 mod golden;

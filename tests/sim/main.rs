@@ -150,8 +150,8 @@ impl Run {
         };
         store.apply(&keys::volume(NAME), None, first_head().encode());
         Self {
-            shrinks: seed % 5 == 0,
-            thief: seed % 7 == 0,
+            shrinks: seed.is_multiple_of(5),
+            thief: seed.is_multiple_of(7),
             world,
             store,
             oracle,

@@ -212,7 +212,7 @@ impl Oracle {
         let ends =
             self.changes.iter().flat_map(|change| [change.start, change.end, change.end.saturating_sub(1)]);
         moments.extend(ends.filter(|&at| at >= earliest && at <= self.now));
-        let mut nearest: Option<(usize, u64, Vec<(u64, u64)>)> = None;
+        let mut nearest = None::<(usize, u64, Vec<_>)>;
         for &moment in moments.iter().rev() {
             let wrong: Vec<_> =
                 pairs.iter().filter(|(sector, value)| !self.ok(*sector, *value, moment, moment)).collect();

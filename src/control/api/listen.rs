@@ -70,6 +70,7 @@ impl Drop for SocketFile {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "runs on a thread for blocking work, or outside a runtime")]
 fn remove_socket(path: &Path, inode: (u64, u64)) {
     if fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode) {
         fs::remove_file(path).ok();
@@ -106,6 +107,7 @@ impl Endpoint {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "runs on a thread for blocking work")]
 fn bind_unix(path: &Path) -> Result<(std::os::unix::net::UnixListener, SocketFile), BindError> {
     use std::os::unix::net;
     let failed = |source| BindError::Unix { path: path.to_owned(), source };

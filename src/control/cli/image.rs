@@ -1,6 +1,7 @@
 //! `blockhouse image …`
 //!
 //! Owns: streaming images to and from the daemon, with progress, and sparse files.
+//! Does not own: what an image is made of ([`crate::volume`]) or how a request is sent ([`super::client`]).
 
 use super::args::Image;
 use super::client::{Client, Outcome, Reply, encode};

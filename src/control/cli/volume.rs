@@ -1,4 +1,7 @@
 //! `blockhouse volume …`
+//!
+//! Owns: what these commands ask of the daemon, what they ask back, and the tables they print.
+//! Does not own: the arguments ([`super::args`]), requests ([`super::client`]), or what a volume is.
 
 use super::args::Volume;
 use super::client::{Outcome, encode};

@@ -1,3 +1,5 @@
+//! Tests of the handshake: tables, cuts at every byte, arbitrary bytes.
+
 use super::super::wire::{FLAG_READ_ONLY as READ_ONLY, REP_ERR_UNSUP as UNSUP};
 use super::*;
 use proptest::prelude::*;

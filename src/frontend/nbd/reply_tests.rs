@@ -1,3 +1,5 @@
+//! Tests of replies: what is put into the socket is what the protocol says.
+
 use super::super::wire::Errno;
 use super::*;
 use crate::block::ExtentKind;

@@ -1,3 +1,5 @@
+//! Tests of the session: what each request is refused or let through for.
+
 use super::*;
 use crate::frontend::nbd::wire::Errno::{Inval, NoSpc, NotSup, Overflow, Perm};
 use crate::geometry::Access;

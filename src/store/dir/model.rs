@@ -4,6 +4,9 @@
 //! atomic (a name that comes or goes meanwhile may be seen or not, one that stays is seen); a network that repeats
 //! `link` after a lost answer; readers; power loss that takes all that was not synced.
 //! Each rule is also left out, by a folder that lies to the rules: the search must then find what breaks.
+//!
+//! Owns: the folder of the model, its processes, and the search through their steps.
+//! Does not own: the rules ([`super::protocol`]), or what real file systems do (the suite of all stores).
 
 use super::protocol::{
     Attempt, Folder, Highest, LinkAnswer, Nonce, Outcome, Version, find, read, swap, tidy,

@@ -124,6 +124,7 @@ impl<'a> Versions<'a> {
     }
 
     /// Makes attempts until one is done.
+    #[expect(clippy::disallowed_methods, reason = "on a thread for blocking work, between attempts")]
     pub fn until_done<T>(
         &mut self,
         mut attempt: impl FnMut(&mut Self) -> Result<Attempt<T>, Fault>,
@@ -447,6 +448,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "tests")]
     fn g27_a_late_version_on_a_late_version_is_not_read_by_who_listed_long_ago() {
         let above = tempfile::tempdir().unwrap();
         let (files, key) = (files_in(&above), Key::new("volumes/vm-7").unwrap());

@@ -1,4 +1,5 @@
 //! On the real disk: the files below are written, damaged and read as a daemon would.
+#![expect(clippy::disallowed_methods, reason = "tests")]
 
 use super::*;
 use crate::disk::real::{RealDisk, RealDiskConfig};

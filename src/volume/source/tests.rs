@@ -1,4 +1,5 @@
 //! Sources made by the tools that people make images with, whole, cut and damaged.
+#![expect(clippy::disallowed_methods, reason = "tests")]
 
 use super::*;
 use crate::geometry::BLOCK_BYTES;
