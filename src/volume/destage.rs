@@ -419,7 +419,7 @@ impl Destager {
         let base = self.publish_map(&layers.base, &packed, change.size_bytes).await?;
         if mutant::on(Mutant::RemovedTooEarly) {
             for epoch in &group {
-                self.unlink(epoch).await;
+                let _gone = epoch.unlink(&self.engine.disk).await.is_ok();
             }
         }
         if mutant::on(Mutant::SnapshotBeforeHead) && change.take_snapshot_number {
