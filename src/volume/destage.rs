@@ -189,8 +189,12 @@ impl Destager {
                 self.make_standby().await;
             }
             let layers = self.volume.layers.load_full();
-            let pressed = *levels.borrow_and_update() >= Level::Commit;
-            let threshold = self.engine.config.commit_dirty_bytes / if pressed { 16 } else { 1 };
+            let threshold = match *levels.borrow_and_update() {
+                Level::Fine => self.engine.config.commit_dirty_bytes,
+                Level::Commit => self.engine.config.commit_dirty_bytes / 16,
+                // Writers wait for space: many volumes with a little each fill a disk too.
+                Level::Slow | Level::Full => 1,
+            };
             let due_at = layers.active.first_dirty().map(|first| first + self.engine.config.commit_age);
             let due = !layers.frozen.is_empty()
                 || layers.active.dirty_bytes() >= threshold.max(1)

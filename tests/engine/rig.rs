@@ -53,6 +53,7 @@ enum Turn {
 
 /// A node: its directories, its pool, and every incarnation that it had.
 pub struct Node {
+    #[expect(dead_code, reason = "held")]
     turn: Turn,
     state: TempDir,
     runtime: TempDir,
