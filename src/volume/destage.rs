@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -138,8 +139,10 @@ pub struct Destager {
 pub(super) struct Packed {
     pub(super) packs: Vec<(PackRef, Arc<PackIndex>)>,
     pub(super) bytes: u64,
+    /// How long the pool may refuse a pack until that is an error; none: as long as it takes.
+    pub(super) patience: Option<Duration>,
     /// Only filled by [`Mutant::HeadBeforePack`].
-    held_back: Vec<(Key, Bytes)>,
+    pub(super) held_back: Vec<(Key, Bytes)>,
 }
 
 /// One block of a commit.
@@ -624,7 +627,7 @@ pub(super) async fn put_pack(
     if mutant::on(Mutant::HeadBeforePack) {
         packed.held_back.push((key, bytes));
     } else {
-        engine.put_immutable(&key, bytes).await?;
+        engine.put_immutable_within(packed.patience, &key, bytes).await?;
     }
     engine.remember_pack(&reference, index.clone());
     packed.packs.push((reference, index));
@@ -645,13 +648,21 @@ pub async fn write_base_record(engine: &Engine, record: &BaseRecord) {
 pub struct MapDraft {
     map: Map,
     unfolded: Vec<Arc<PackIndex>>,
+    patience: Option<Duration>,
 }
 
 impl MapDraft {
     /// Begins with `base`, for a volume of at least `size_bytes`.
     pub fn new(base: &BaseMap, size_bytes: u64) -> Self {
         let map = base.map.truncated(size_bytes.max(base.map.size_bytes));
-        Self { map, unfolded: base.unfolded.clone() }
+        Self { map, unfolded: base.unfolded.clone(), patience: None }
+    }
+
+    /// The pool may refuse an object for so long until that is an error; otherwise as long as it takes.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
+        self
     }
 
     /// Puts a pack on top, and folds if the packs became many.
@@ -667,7 +678,7 @@ impl MapDraft {
         self.map.push_pack(reference);
         self.unfolded.push(index);
         if should_fold(&self.map, &self.unfolded) {
-            self.map = fold(engine, stamps, &self.map, &self.unfolded).await?;
+            self.map = fold(engine, stamps, &self.map, &self.unfolded, self.patience).await?;
             self.unfolded.clear();
         }
         Ok(())
@@ -685,7 +696,7 @@ impl MapDraft {
     ) -> Result<Arc<BaseMap>, EngineError> {
         let map = self.map.truncated(size_bytes);
         let (bytes, reference) = map.with_id(stamps.take(engine));
-        engine.put_immutable(&keys::map(&reference.id), bytes).await?;
+        engine.put_immutable_within(self.patience, &keys::map(&reference.id), bytes).await?;
         let map = Arc::new(map);
         engine.remember_map(&reference, map.clone());
         Ok(Arc::new(BaseMap { reference: Some(reference), map, unfolded: self.unfolded }))
@@ -697,6 +708,7 @@ async fn fold(
     stamps: &mut Stamps,
     map: &Map,
     unfolded: &[Arc<PackIndex>],
+    patience: Option<Duration>,
 ) -> Result<Map, EngineError> {
     let mut fold = Fold::new(map, unfolded);
     loop {
@@ -704,7 +716,7 @@ async fn fold(
         if step.is_none() || fold.object_bytes() >= SEGMENTS_OBJECT_BYTES {
             let id = stamps.take(engine);
             if let Some(bytes) = fold.take_object(id) {
-                engine.put_immutable(&keys::segments(&id), bytes).await?;
+                engine.put_immutable_within(patience, &keys::segments(&id), bytes).await?;
             }
         }
         let Some(step) = step else { return Ok(fold.finish()) };

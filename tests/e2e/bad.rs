@@ -218,6 +218,11 @@ fn damage_in_the_pool_is_an_io_error_that_names_the_object_and_harms_nobody_else
         let out = node.path("out.raw");
         let export = daemon.cli(&format!("image export bad {}", text(&out)));
         assert!(export.code != 0 && !out.exists(), "{key}: {}", export.err);
+        assert!(
+            export.err.contains(&key) || daemon.log().contains("an export broke off"),
+            "{key}: {}",
+            export.err
+        );
         assert_eq!(read_all(daemon.client(&format!("good-{number}"))).unwrap(), content[0], "{key}");
         // Whole again, all is as it was: the damage is remembered nowhere.
         std::fs::write(&object, intact).unwrap();
@@ -364,8 +369,8 @@ fn a_pool_from_the_future_is_left_alone() {
     let object = place.pool.join("pool");
     let intact = std::fs::read_to_string(&object).unwrap();
     let replacements = [
-        ("\"format\":1", "\"format\":2", "format 2"),
-        ("\"features\":[]", "\"features\":[\"sharding\"]", "sharding"),
+        ("\"format\": 1", "\"format\": 2", "format 2"),
+        ("\"features\": []", "\"features\": [\"sharding\"]", "sharding"),
         ("{", "[", "pool"),
     ];
     for (from, to, says) in replacements {

@@ -9,7 +9,7 @@ pub const MIB: u64 = 1 << 20;
 
 /// Whether a program is there. In CI it has to be.
 pub fn have(program: &str) -> bool {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let path = format!("/usr/bin:/usr/sbin:/sbin:{}", std::env::var("PATH").unwrap_or_default());
     let found = path.split(':').any(|dir| Path::new(dir).join(program).is_file());
     if !found {
         skip(&format!("{program} is not installed"));
@@ -33,7 +33,7 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
 
 #[track_caller]
 pub fn try_run(program: &str, arguments: &[&str]) -> (bool, String) {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let path = format!("/usr/bin:/usr/sbin:/sbin:{}", std::env::var("PATH").unwrap_or_default());
     let output = Command::new(program).args(arguments).env("PATH", path).stdin(Stdio::null()).output();
     let output = output.unwrap_or_else(|error| panic!("failed to run {program}: {error}"));
     let text = [output.stdout, output.stderr].concat();
