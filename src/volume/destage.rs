@@ -335,9 +335,7 @@ impl Destager {
         } else if size_bytes < old_bytes {
             // Refused first, then everybody is out of the old epoch, then what lies beyond is zeroed: so no write can
             // land behind the zeroing and be back after the next grow.
-            if !mutant::on(Mutant::ShrinkRefusesLate) {
-                self.volume.show_size(size_bytes);
-            }
+            self.volume.show_size(size_bytes);
             self.cut().await?;
             let active = self.volume.layers.load().active.clone();
             let tail = ByteRange::new(size_bytes, old_bytes - size_bytes);
@@ -345,7 +343,6 @@ impl Destager {
                 .zero_in(&active, tail)
                 .map_err(|error| EngineError::NoSpace(format!("cannot shrink: {error}")))?;
             self.commit(Change { size_bytes: Some(size_bytes), ..Change::default() }).await?;
-            self.volume.show_size(size_bytes);
         }
         Ok(())
     }
