@@ -279,7 +279,7 @@ impl Core {
         }
         let _files = self.table.local_files.read().await;
         let attached = attach(&self.engine, name).await?;
-        let meter = Arc::<Meter>::default();
+        let meter = Arc::new(Meter::new(name));
         let handler = Metered { inner: VolumeHandler(attached.volume.clone()), meter: meter.clone() };
         let running = Running {
             uid: attached.volume.uid(),

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -34,9 +35,16 @@ impl Histogram {
     }
 }
 
+/// Errors of a volume are logged at most this often.
+const LOG_EVERY: Duration = Duration::from_secs(1);
+
 /// What clients did.
-#[derive(Default)]
 pub struct Meter {
+    /// For the log.
+    volume: String,
+    began: Instant,
+    /// When the next error is logged, counted from `began`.
+    log_next_ms: AtomicU64,
     read_ops: AtomicU64,
     read_bytes: AtomicU64,
     write_ops: AtomicU64,
@@ -51,6 +59,25 @@ pub struct Meter {
 }
 
 impl Meter {
+    /// Nothing was done yet.
+    pub fn new(volume: &str) -> Self {
+        Self {
+            volume: volume.to_owned(),
+            began: Instant::now(),
+            log_next_ms: AtomicU64::new(0),
+            read_ops: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
+            write_ops: AtomicU64::new(0),
+            write_bytes: AtomicU64::new(0),
+            zero_ops: AtomicU64::new(0),
+            flush_ops: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            read_latency: Histogram::default(),
+            write_latency: Histogram::default(),
+            flush_latency: Histogram::default(),
+        }
+    }
+
     /// Puts the counts into `metrics`.
     pub fn fill(&self, metrics: &mut VolumeMetrics) {
         let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
@@ -68,10 +95,30 @@ impl Meter {
     }
 
     fn count<T>(&self, result: Result<T, BlockError>) -> Result<T, BlockError> {
-        if result.is_err() {
+        if let Err(error) = &result {
             self.errors.fetch_add(1, Ordering::Relaxed);
+            self.log(error);
         }
         result
+    }
+
+    /// What the client is only told a number for. What it did wrong itself, and what the volume's stop said, is no news.
+    fn log(&self, error: &BlockError) {
+        if matches!(error, BlockError::Invalid | BlockError::ReadOnly | BlockError::Stopped(_)) {
+            return;
+        }
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let now = ms(self.began.elapsed());
+        let next = self.log_next_ms.load(Ordering::Relaxed);
+        if now < next {
+            return;
+        }
+        let following = now.saturating_add(ms(LOG_EVERY));
+        let swap = self.log_next_ms.compare_exchange(next, following, Ordering::Relaxed, Ordering::Relaxed);
+        // Whoever swapped it logs for all who failed at the same time.
+        if swap.is_ok() {
+            log::error!(volume = self.volume.as_str(); "a client got an error: {error}");
+        }
     }
 }
 
@@ -137,7 +184,7 @@ impl<H: BlockHandler> BlockHandler for Metered<H> {
     }
 
     fn writable(&self) -> BoxFuture<'_, Result<(), BlockError>> {
-        self.inner.writable()
+        Box::pin(async move { self.meter.count(self.inner.writable().await) })
     }
 
     fn small_write_turn(&self) -> &tokio::sync::Mutex<()> {

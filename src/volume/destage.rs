@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -138,8 +139,10 @@ pub struct Destager {
 pub(super) struct Packed {
     pub(super) packs: Vec<(PackRef, Arc<PackIndex>)>,
     pub(super) bytes: u64,
+    /// How long the pool may refuse a pack until that is an error; none: as long as it takes.
+    pub(super) patience: Option<Duration>,
     /// Only filled by [`Mutant::HeadBeforePack`].
-    held_back: Vec<(Key, Bytes)>,
+    pub(super) held_back: Vec<(Key, Bytes)>,
 }
 
 /// One block of a commit.
@@ -189,8 +192,12 @@ impl Destager {
                 self.make_standby().await;
             }
             let layers = self.volume.layers.load_full();
-            let pressed = *levels.borrow_and_update() >= Level::Commit;
-            let threshold = self.engine.config.commit_dirty_bytes / if pressed { 16 } else { 1 };
+            let threshold = match *levels.borrow_and_update() {
+                Level::Fine => self.engine.config.commit_dirty_bytes,
+                Level::Commit => self.engine.config.commit_dirty_bytes / 16,
+                // Writers wait for space: many volumes with a little each fill a disk too.
+                Level::Slow | Level::Full => 1,
+            };
             let due_at = layers.active.first_dirty().map(|first| first + self.engine.config.commit_age);
             let due = !layers.frozen.is_empty()
                 || layers.active.dirty_bytes() >= threshold.max(1)
@@ -419,7 +426,7 @@ impl Destager {
         let base = self.publish_map(&layers.base, &packed, change.size_bytes).await?;
         if mutant::on(Mutant::RemovedTooEarly) {
             for epoch in &group {
-                self.unlink(epoch).await;
+                let _gone = epoch.unlink(&self.engine.disk).await.is_ok();
             }
         }
         if mutant::on(Mutant::SnapshotBeforeHead) && change.take_snapshot_number {
@@ -620,7 +627,7 @@ pub(super) async fn put_pack(
     if mutant::on(Mutant::HeadBeforePack) {
         packed.held_back.push((key, bytes));
     } else {
-        engine.put_immutable(&key, bytes).await?;
+        engine.put_immutable_within(packed.patience, &key, bytes).await?;
     }
     engine.remember_pack(&reference, index.clone());
     packed.packs.push((reference, index));
@@ -641,13 +648,21 @@ pub async fn write_base_record(engine: &Engine, record: &BaseRecord) {
 pub struct MapDraft {
     map: Map,
     unfolded: Vec<Arc<PackIndex>>,
+    patience: Option<Duration>,
 }
 
 impl MapDraft {
     /// Begins with `base`, for a volume of at least `size_bytes`.
     pub fn new(base: &BaseMap, size_bytes: u64) -> Self {
         let map = base.map.truncated(size_bytes.max(base.map.size_bytes));
-        Self { map, unfolded: base.unfolded.clone() }
+        Self { map, unfolded: base.unfolded.clone(), patience: None }
+    }
+
+    /// The pool may refuse an object for so long until that is an error; otherwise as long as it takes.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
+        self
     }
 
     /// Puts a pack on top, and folds if the packs became many.
@@ -663,7 +678,7 @@ impl MapDraft {
         self.map.push_pack(reference);
         self.unfolded.push(index);
         if should_fold(&self.map, &self.unfolded) {
-            self.map = fold(engine, stamps, &self.map, &self.unfolded).await?;
+            self.map = fold(engine, stamps, &self.map, &self.unfolded, self.patience).await?;
             self.unfolded.clear();
         }
         Ok(())
@@ -681,7 +696,7 @@ impl MapDraft {
     ) -> Result<Arc<BaseMap>, EngineError> {
         let map = self.map.truncated(size_bytes);
         let (bytes, reference) = map.with_id(stamps.take(engine));
-        engine.put_immutable(&keys::map(&reference.id), bytes).await?;
+        engine.put_immutable_within(self.patience, &keys::map(&reference.id), bytes).await?;
         let map = Arc::new(map);
         engine.remember_map(&reference, map.clone());
         Ok(Arc::new(BaseMap { reference: Some(reference), map, unfolded: self.unfolded }))
@@ -693,6 +708,7 @@ async fn fold(
     stamps: &mut Stamps,
     map: &Map,
     unfolded: &[Arc<PackIndex>],
+    patience: Option<Duration>,
 ) -> Result<Map, EngineError> {
     let mut fold = Fold::new(map, unfolded);
     loop {
@@ -700,7 +716,7 @@ async fn fold(
         if step.is_none() || fold.object_bytes() >= SEGMENTS_OBJECT_BYTES {
             let id = stamps.take(engine);
             if let Some(bytes) = fold.take_object(id) {
-                engine.put_immutable(&keys::segments(&id), bytes).await?;
+                engine.put_immutable_within(patience, &keys::segments(&id), bytes).await?;
             }
         }
         let Some(step) = step else { return Ok(fold.finish()) };

@@ -48,6 +48,9 @@ pub struct EngineConfig {
     pub reserve_bytes: u64,
 }
 
+/// An operation that waits this long between two tries says so in the log.
+const TOLD_PAUSE: Duration = Duration::from_secs(1);
+
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
@@ -238,9 +241,15 @@ impl Engine {
     {
         let end = patience.map(|patience| self.clock.now() + patience);
         let mut pause = Duration::from_millis(20);
+        let mut is_told = false;
         loop {
             let error = match attempt().await {
-                Ok(value) => return Ok(value),
+                Ok(value) => {
+                    if is_told {
+                        log::info!("the pool took what it had refused before");
+                    }
+                    return Ok(value);
+                }
                 Err(error) => error,
             };
             let again = matches!(
@@ -250,7 +259,11 @@ impl Engine {
             if !again || end.is_some_and(|end| self.clock.now() + pause >= end) {
                 return Err(error);
             }
-            log::debug!("the pool refused, trying again: {error}");
+            // Not at once: a short trouble is no news. Once, however long it goes on.
+            if !is_told && pause >= TOLD_PAUSE {
+                is_told = true;
+                log::warn!("the pool refuses or does not answer, trying again: {error}");
+            }
             tokio::time::sleep(pause).await;
             // Half of each pause is chance, so that clients that failed together do not come back together.
             let half = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
@@ -275,7 +288,20 @@ impl Engine {
     /// # Errors
     /// `Invalid`, of a store that refuses it for good.
     pub async fn put_immutable(&self, key: &Key, bytes: Bytes) -> Result<(), EngineError> {
-        match self.patiently(None, || self.store.put_new(key, bytes.clone())).await {
+        self.put_immutable_within(None, key, bytes).await
+    }
+
+    /// The same, for whoever can give up: until `patience` is over.
+    ///
+    /// # Errors
+    /// `Invalid`; and `NoSpace`, `Unavailable`, `Unclear` when `patience` is over.
+    pub async fn put_immutable_within(
+        &self,
+        patience: Option<Duration>,
+        key: &Key,
+        bytes: Bytes,
+    ) -> Result<(), EngineError> {
+        match self.patiently(patience, || self.store.put_new(key, bytes.clone())).await {
             Ok(()) | Err(StoreError::Conflict(_)) => Ok(()),
             Err(error) => Err(error.into()),
         }

@@ -173,7 +173,7 @@ async fn upload(
     // The size of a compressed source is known at its end only.
     let declared = source.size_bytes;
     let bound = VOLUME_BYTES_MAX;
-    let mut draft = MapDraft::new(&BaseMap::empty(bound), bound);
+    let mut draft = MapDraft::new(&BaseMap::empty(bound), bound).patience(engine.config.pool_wait);
     let cutter = Cutter::new(source);
     let end_bytes = cutter.position_bytes.clone();
     let level = engine.config.zstd_level;
@@ -229,7 +229,8 @@ async fn put(
     builder: PackBuilder,
 ) -> Result<u64, EngineError> {
     let _permit = engine.packs.acquire().await;
-    let mut packed = Packed::default();
+    // Whoever imports can do it again: it must not keep what a commit waits for.
+    let mut packed = Packed { patience: Some(engine.config.pool_wait), ..Packed::default() };
     put_pack(engine, builder, &mut packed).await?;
     for pack in packed.packs {
         draft.push(engine, stamps, pack).await?;
@@ -330,7 +331,11 @@ pub async fn export(
             let start = step * EXPORT_STEP_BYTES;
             let range = ByteRange::new(start, EXPORT_STEP_BYTES.min(size_bytes - start));
             let mut out = BytesMut::with_capacity(len_of(range.len()));
-            read_at(&*disk, range, &mut out).await.map_err(io::Error::other)?;
+            read_at(&*disk, range, &mut out).await.map_err(|error| {
+                // The reader of a stream only sees it end.
+                log::error!("an export broke off: {error}");
+                io::Error::other(error)
+            })?;
             Ok(out.freeze())
         }
     });

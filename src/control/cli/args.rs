@@ -70,7 +70,10 @@ pub enum Command {
     #[command(subcommand)]
     Snapshot(Snapshot),
     /// Say what a name is, and where to reach it
-    Resolve { name: String },
+    Resolve {
+        #[arg(value_parser = named)]
+        name: String,
+    },
     /// Show space on the node and in the pool
     Df,
     /// Look for what is wrong, and say what to do about it
@@ -88,6 +91,7 @@ pub enum Command {
 pub enum Volume {
     /// Make a volume: empty, or from an image, a snapshot or another volume
     Create {
+        #[arg(value_parser = named)]
         name: String,
         /// What it is made from: image:NAME, snapshot:VOLUME@NUMBER or volume:NAME
         #[arg(long, value_name = "SOURCE")]
@@ -105,11 +109,18 @@ pub enum Volume {
     /// List all volumes
     List,
     /// Show a volume
-    Show { name: String },
+    Show {
+        #[arg(value_parser = named)]
+        name: String,
+    },
     /// Serve a volume on this node, and say how to use it
-    Attach { name: String },
+    Attach {
+        #[arg(value_parser = named)]
+        name: String,
+    },
     /// Put what is left into the pool and give a volume up
     Detach {
+        #[arg(value_parser = named)]
         name: String,
         /// Without the pool: what is not in it yet stays on this node
         #[arg(long)]
@@ -117,6 +128,7 @@ pub enum Volume {
     },
     /// Change the size of a volume
     Resize {
+        #[arg(value_parser = named)]
         name: String,
         size: Size,
         /// Allow a smaller size, which cuts off what lies beyond
@@ -127,6 +139,7 @@ pub enum Volume {
     Rollback { snapshot: SnapshotName },
     /// Delete a detached volume; for a while it can be had back
     Delete {
+        #[arg(value_parser = named)]
         name: String,
         /// Delete its snapshots too
         #[arg(long)]
@@ -137,6 +150,7 @@ pub enum Volume {
     /// Bring back a deleted volume or image
     Undelete {
         /// Its id in the trash, or its name
+        #[arg(value_parser = named)]
         id: String,
         /// New name [default: the one that it had]
         #[arg(long = "as", value_name = "NAME")]
@@ -145,20 +159,26 @@ pub enum Volume {
     /// Make a new volume of local data that is in no history
     Recover {
         /// Id, from `blockhouse volume orphans`
+        #[arg(value_parser = named)]
         orphan: String,
         /// Name of the new volume
+        #[arg(value_parser = named)]
         name: String,
     },
     /// List local data that is in no history
     Orphans,
     /// Put what is acknowledged now into the pool, and wait until it is there
-    WaitDurable { name: String },
+    WaitDurable {
+        #[arg(value_parser = named)]
+        name: String,
+    },
 }
 
 #[derive(Subcommand, Debug)]
 pub enum Image {
     /// Make an image of a disk: raw, raw.gz, raw.xz, raw.zst or qcow2
     Import {
+        #[arg(value_parser = named)]
         name: String,
         /// A file, an http(s):// URL that the node reads itself, or - for standard input
         #[arg(value_hint = ValueHint::FilePath)]
@@ -170,9 +190,13 @@ pub enum Image {
     /// List all images
     List,
     /// Show an image
-    Show { name: String },
+    Show {
+        #[arg(value_parser = named)]
+        name: String,
+    },
     /// Write an image out as a raw disk
     Export {
+        #[arg(value_parser = named)]
         name: String,
         /// A file, sparse where the image has zeros, or - for standard output
         #[arg(value_hint = ValueHint::FilePath)]
@@ -183,6 +207,7 @@ pub enum Image {
     },
     /// Delete an image; for a while it can be had back, and volumes made from it stay
     Delete {
+        #[arg(value_parser = named)]
         name: String,
         #[command(flatten)]
         confirm: Confirm,
@@ -193,6 +218,7 @@ pub enum Image {
 pub enum Snapshot {
     /// Keep the present state of a volume
     Create {
+        #[arg(value_parser = named)]
         volume: String,
         /// A note for people
         #[arg(long, value_name = "TEXT")]
@@ -224,6 +250,11 @@ pub struct Confirm {
     pub yes: bool,
 }
 
+/// A name or an id. What else is wrong with it the daemon says; without any it would be asked something else.
+fn named(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("a name has 1 to 128 characters".to_owned()) } else { Ok(text.to_owned()) }
+}
+
 /// `VOLUME@NUMBER`
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SnapshotName {
@@ -236,6 +267,7 @@ impl FromStr for SnapshotName {
 
     fn from_str(text: &str) -> Result<Self, String> {
         text.rsplit_once('@')
+            .filter(|(volume, _)| !volume.is_empty())
             .and_then(|(volume, number)| {
                 Some(Self { volume: volume.to_owned(), number: number.parse().ok()? })
             })
@@ -283,6 +315,8 @@ mod tests {
             "volume create vm-7 --last-commit",
             "volume rollback vm-7",
             "volume attach",
+            "volume attach ",
+            "snapshot delete @1",
             "serve --log loud",
             "df --url http://x --socket y",
         ] {
