@@ -2,8 +2,7 @@
 //!
 //! `cargo bench --bench engine` prints one table; `-- --quick` takes a third of the time. Figures are of this machine's
 //! disk: the state directory and the pool are temporary directories.
-#![expect(clippy::disallowed_methods, reason = "a test may wait for a disk or a process")]
-#![expect(clippy::unwrap_used, reason = "a benchmark")]
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark")]
 #![expect(dead_code, reason = "the rig is shared with the tests")]
 
 #[path = "../tests/engine/disk.rs"]
