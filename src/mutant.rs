@@ -37,14 +37,8 @@ pub enum Mutant {
     CommittedOneByOne,
     /// Nobody asks for write-back errors before a commit (L23).
     NoWriteBackCheck,
-    /// Recovery reads the head without swapping it first (L28).
-    NoRecoverySwap,
     /// A discard asks only the active epoch and the base whether it needs a record (L20).
     DiscardSkipsFrozen,
-    /// A sync that a killed process had begun is not made good (L24).
-    NoSyncMark,
-    /// A shrink refuses the tail only at its end (L27).
-    ShrinkRefusesLate,
     /// Everything found at a restart is taken as synced (L25).
     CleanAfterRestart,
 }
@@ -67,10 +61,7 @@ impl Mutant {
         Self::HalfLiveMap,
         Self::CommittedOneByOne,
         Self::NoWriteBackCheck,
-        Self::NoRecoverySwap,
         Self::DiscardSkipsFrozen,
-        Self::NoSyncMark,
-        Self::ShrinkRefusesLate,
         Self::CleanAfterRestart,
     ];
 }

@@ -7,7 +7,6 @@
 //! Does not own: which volumes are to be attached (the node's table).
 
 use crate::disk::{DiskPath, Lock};
-use crate::mutant::{self, Mutant};
 use crate::store::{ETag, Expect};
 use crate::volume::Volume;
 use crate::volume::base::BaseMap;
@@ -133,9 +132,6 @@ async fn own(engine: &Arc<Engine>, name: &str, head: Head, etag: ETag) -> Result
             ensure_record(&mut next);
         } else {
             next.begin_term(Some(owner.clone()), TermEnd::Released);
-        }
-        if mutant::on(Mutant::NoRecoverySwap) && head.owner.is_some() {
-            return Ok(HeldHead { name: name.to_owned(), head, etag });
         }
         let patience = Some(engine.config.pool_wait);
         match engine.swap_settled(&key, Expect::State(etag.clone()), next.encode(), patience).await {

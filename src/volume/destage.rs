@@ -192,8 +192,12 @@ impl Destager {
                 self.make_standby().await;
             }
             let layers = self.volume.layers.load_full();
-            let pressed = *levels.borrow_and_update() >= Level::Commit;
-            let threshold = self.engine.config.commit_dirty_bytes / if pressed { 16 } else { 1 };
+            let threshold = match *levels.borrow_and_update() {
+                Level::Fine => self.engine.config.commit_dirty_bytes,
+                Level::Commit => self.engine.config.commit_dirty_bytes / 16,
+                // Writers wait for space: many volumes with a little each fill a disk too.
+                Level::Slow | Level::Full => 1,
+            };
             let due_at = layers.active.first_dirty().map(|first| first + self.engine.config.commit_age);
             let due = !layers.frozen.is_empty()
                 || layers.active.dirty_bytes() >= threshold.max(1)
@@ -331,9 +335,7 @@ impl Destager {
         } else if size_bytes < old_bytes {
             // Refused first, then everybody is out of the old epoch, then what lies beyond is zeroed: so no write can
             // land behind the zeroing and be back after the next grow.
-            if !mutant::on(Mutant::ShrinkRefusesLate) {
-                self.volume.show_size(size_bytes);
-            }
+            self.volume.show_size(size_bytes);
             self.cut().await?;
             let active = self.volume.layers.load().active.clone();
             let tail = ByteRange::new(size_bytes, old_bytes - size_bytes);
@@ -341,7 +343,6 @@ impl Destager {
                 .zero_in(&active, tail)
                 .map_err(|error| EngineError::NoSpace(format!("cannot shrink: {error}")))?;
             self.commit(Change { size_bytes: Some(size_bytes), ..Change::default() }).await?;
-            self.volume.show_size(size_bytes);
         }
         Ok(())
     }
@@ -422,7 +423,7 @@ impl Destager {
         let base = self.publish_map(&layers.base, &packed, change.size_bytes).await?;
         if mutant::on(Mutant::RemovedTooEarly) {
             for epoch in &group {
-                self.unlink(epoch).await;
+                let _gone = epoch.unlink(&self.engine.disk).await.is_ok();
             }
         }
         if mutant::on(Mutant::SnapshotBeforeHead) && change.take_snapshot_number {

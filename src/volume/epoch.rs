@@ -284,7 +284,7 @@ impl Epoch {
             }
             epoch.note_dirty(epoch.map.written_ranges().iter().map(|range| range.len()).sum::<u64>().max(1));
         }
-        if epoch.marks() & live::RUNNING != 0 && !mutant::on(Mutant::NoSyncMark) {
+        if epoch.marks() & live::RUNNING != 0 {
             epoch.write_again().await.map_err(EpochError::disk("write an epoch's sectors once more"))?;
         }
         Ok(Arc::new(epoch))

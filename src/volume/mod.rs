@@ -51,6 +51,8 @@ use tokio::sync::{Notify, watch};
 
 /// How long a write waits for space before it is refused.
 const FULL_WAIT: Duration = Duration::from_secs(20);
+/// How often free space is looked at while a write waits for it.
+const FULL_LOOK: Duration = Duration::from_millis(250);
 /// How long each write waits while writers are slowed down.
 const SLOW_WAIT: Duration = Duration::from_millis(5);
 /// A zeroing of more than this is done off the caller's thread.
@@ -567,8 +569,16 @@ impl BlockHandler for VolumeHandler {
             let mut level = volume.engine.pressure.changes();
             if *level.borrow_and_update() == Level::Full {
                 volume.dirtied.notify_one();
-                volume.engine.pressure.look_soon();
-                let better = level.wait_for(|level| *level < Level::Full);
+                let better = async {
+                    loop {
+                        // The space of a removed file comes back when its last close is through, which nobody tells.
+                        volume.engine.pressure.look_soon();
+                        let better = level.wait_for(|level| *level < Level::Full);
+                        if tokio::time::timeout(FULL_LOOK, better).await.is_ok() {
+                            return;
+                        }
+                    }
+                };
                 if tokio::time::timeout(FULL_WAIT, better).await.is_err() {
                     return Err(BlockError::NoSpace);
                 }

@@ -69,9 +69,12 @@ impl Pressure {
 
     /// Counts pages of live maps that were allocated, or given back.
     pub fn note_map_pages(self: &Arc<Self>, more: u64, fewer: u64) {
-        self.live_map_pages.fetch_add(more, Ordering::Relaxed);
-        self.live_map_pages.fetch_sub(fewer, Ordering::Relaxed);
-        if fewer > 0 || self.live_map_pages.load(Ordering::Relaxed) * 2 > self.live_map_pages_max {
+        let counted = |pages: u64| Some(pages.saturating_add(more).saturating_sub(fewer));
+        let before = self
+            .live_map_pages
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted)
+            .unwrap_or_default();
+        if fewer > 0 || before.saturating_add(more) > self.live_map_pages_max / 2 {
             self.look_soon();
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! A client that is missing makes a test say SKIPPED, and fail where `CI` is set.
 
+#![expect(clippy::disallowed_methods, reason = "a test may wait for a disk or a process")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod daemon;

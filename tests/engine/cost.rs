@@ -1,28 +1,15 @@
 //! What things cost: requests to the pool, time, memory.
 //!
-//! Memory is measured of the whole process, so these tests take turns with each other, and the bounds leave room for
-//! the others.
+//! Memory is measured of the whole process: these tests run with no other beside them.
 
-use crate::rig::{GIB, KIB, Life, MIB, Node, TIB, anonymous_bytes, fill, noise, runtime};
+use crate::rig::{GIB, KIB, Life, MIB, Node, TIB, anonymous_bytes, fill, image, noise, runtime};
 use blockhouse::block::{BlockHandler, ExtentKind};
-use blockhouse::geometry::{BLOCK_BYTES, BlockIndex, ByteRange};
-use blockhouse::volume::base::BaseMap;
-use blockhouse::volume::destage::MapDraft;
-use blockhouse::volume::engine::{Engine, Stamps};
-use blockhouse::volume::head::keys;
-use blockhouse::volume::ids::{ContentHash, Uid};
-use blockhouse::volume::map::MapRef;
-use blockhouse::volume::pack::{PackBuilder, encode_block};
-use blockhouse::volume::segment::SEGMENT_BLOCKS;
+use blockhouse::geometry::{BLOCK_BYTES, ByteRange};
 use bytes::Bytes;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-
-/// Held by whoever measures memory or time.
-static MEASURING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// Prints a figure beside the bound that it is held to.
 fn state(what: &str, figures: &str) {
@@ -31,7 +18,6 @@ fn state(what: &str, figures: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scattered_writes_over_a_tebibyte_cost_six_puts_at_most() {
-    let _measuring = MEASURING.lock().await;
     let (mut node, _pool) = Node::on_directory().await;
     node.create("v", TIB, None).await;
     let life = node.life("v").await;
@@ -67,8 +53,7 @@ async fn scattered_writes_over_a_tebibyte_cost_six_puts_at_most() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_into_a_block_that_only_the_pool_has_asks_it_nothing() {
-    let _measuring = MEASURING.lock().await;
-    let mut node = Node::new();
+    let mut node = Node::alone().await;
     node.create("v", GIB, None).await;
     let life = node.life("v").await;
     life.write(0, fill(7, MIB)).await;
@@ -97,11 +82,10 @@ async fn a_write_into_a_block_that_only_the_pool_has_asks_it_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn l26_reading_and_discarding_a_large_empty_volume_touches_no_map() {
-    let _measuring = MEASURING.lock().await;
-    let mut node = Node::new();
+    let mut node = Node::alone().await;
     node.create("v", 4 * TIB, None).await;
     let life = node.life("v").await;
-    node.await_epoch_files(2).await;
+    life.ready().await;
     let before = node.live_map_bytes();
     for step in 0..64 {
         assert!(life.holds(step * 60 * GIB, MIB, 0).await);
@@ -121,33 +105,15 @@ async fn l26_reading_and_discarding_a_large_empty_volume_touches_no_map() {
     life.kill().await;
 }
 
-/// A map of a volume of which no stretch that the table lists is zero, made without writing all of it.
-async fn image(engine: &Arc<Engine>, size_bytes: u64) -> MapRef {
-    let mut stamps = Stamps::new(Uid(rand::random()), 1, 0);
-    let content = fill(3, BLOCK_BYTES);
-    let encoded = encode_block(&content, ContentHash::of(&content), 1);
-    let mut builder = PackBuilder::new(stamps.take(engine));
-    for block in (0..size_bytes / BLOCK_BYTES).step_by(usize::try_from(SEGMENT_BLOCKS).unwrap()) {
-        builder.push(BlockIndex(block), encoded.clone());
-        builder.push(BlockIndex(block + SEGMENT_BLOCKS - 1), encoded.clone());
-    }
-    let (bytes, reference, index) = builder.finish();
-    engine.put_immutable(&keys::pack(&reference.id), bytes).await.unwrap();
-    let mut draft = MapDraft::new(&BaseMap::empty(size_bytes), size_bytes);
-    draft.push(engine, &mut stamps, (reference, Arc::new(index))).await.unwrap();
-    draft.publish(engine, &mut stamps, size_bytes).await.unwrap().reference.unwrap()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn discarding_a_whole_image_of_a_tebibyte_is_small() {
-    let _measuring = MEASURING.lock().await;
-    let mut node = Node::new();
+    let mut node = Node::alone().await;
     let engine = node.engine().await;
     let map = image(&engine, TIB).await;
     drop(engine);
     node.create("v", TIB, Some(map)).await;
     let life = node.life("v").await;
-    node.await_epoch_files(2).await;
+    life.ready().await;
     assert!(
         life.holds(TIB - MIB, MIB - BLOCK_BYTES, 0).await
             && life.holds(TIB - BLOCK_BYTES, BLOCK_BYTES, 3).await
@@ -193,7 +159,6 @@ async fn replay(life: &Life, file: &std::fs::File) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_system_made_on_four_tebibytes_is_a_few_puts() {
-    let _measuring = MEASURING.lock().await;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ext4");
     let file = std::fs::File::options().create_new(true).read(true).write(true).open(&path).unwrap();
@@ -239,8 +204,7 @@ async fn a_file_system_made_on_four_tebibytes_is_a_few_puts() {
 fn p10_a_pool_that_is_away_stops_neither_writes_nor_flushes_nor_cached_reads() {
     let runtime = runtime();
     runtime.block_on(async {
-        let _measuring = MEASURING.lock().await;
-        let mut node = Node::new();
+        let mut node = Node::alone().await;
         node.config.commit_dirty_bytes = 8 * MIB;
         node.create("v", GIB, None).await;
         let life = node.life("v").await;

@@ -19,6 +19,10 @@ pub struct Taps {
     pub full_creates: AtomicBool,
     /// Map pages cannot be allocated.
     pub full_maps: AtomicBool,
+    /// The state directory says that it is full.
+    pub full_space: AtomicBool,
+    /// Looks at free space, so far.
+    pub looks: watch::Sender<u64>,
     /// Writes put half of their bytes in place and fail.
     pub torn_writes: AtomicBool,
     pub syncs: AtomicU64,
@@ -39,6 +43,8 @@ impl Taps {
             failing_checks: AtomicU32::new(0),
             full_creates: AtomicBool::new(false),
             full_maps: AtomicBool::new(false),
+            full_space: AtomicBool::new(false),
+            looks: watch::Sender::new(0),
             torn_writes: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
             writes: Mutex::default(),
@@ -147,7 +153,13 @@ impl Disk for TapDisk {
     }
 
     fn space(&self) -> BoxFuture<'static, io::Result<(u64, u64)>> {
-        self.inner.space()
+        let (asking, taps) = (self.inner.space(), self.taps.clone());
+        Box::pin(async move {
+            let full = taps.full_space.load(Ordering::SeqCst);
+            let (free, all) = asking.await?;
+            taps.looks.send_modify(|looks| *looks += 1);
+            Ok((if full { 0 } else { free }, all))
+        })
     }
 
     fn boot_id(&self) -> [u8; 16] {

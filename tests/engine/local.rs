@@ -8,10 +8,11 @@ use blockhouse::block::{self, BlockError, BlockHandler, Source};
 use blockhouse::disk::real::{RealDisk, RealDiskConfig};
 use blockhouse::geometry::{BLOCK_BYTES, ByteRange};
 use blockhouse::offload::Offload;
-use blockhouse::store::{Expect, ObjectStore};
+use blockhouse::store::Expect;
 use blockhouse::volume::cache::{CacheConfig, CleanCache};
 use blockhouse::volume::engine::EngineError;
 use blockhouse::volume::head::{SmallObject, keys};
+use blockhouse::volume::pressure::Level;
 use futures::FutureExt;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ const SIZE: u64 = 64 * MIB;
 const PART: (u64, u64) = (3 * BLOCK_BYTES + 512, 20 * KIB);
 
 async fn volume() -> Node {
-    let node = Node::new();
+    let node = Node::new().await;
     node.create("v", SIZE, None).await;
     node
 }
@@ -99,7 +100,7 @@ async fn l4_a_failed_sync_is_final_across_a_restart_and_nothing_is_committed() {
 async fn l5_a_flush_never_joins_one_that_runs() {
     let mut node = volume().await;
     let life = node.life("v").await;
-    node.await_epoch_files(2).await;
+    life.ready().await;
     life.write(0, fill(1, 4 * KIB)).await;
     let begun = *node.taps.begun_syncs.borrow();
     node.taps.held_syncs.send_replace(true);
@@ -225,7 +226,7 @@ async fn l8_only_a_write_with_its_payload_at_hand_holds_an_epoch() {
 async fn l11_the_file_of_the_next_cut_is_there_before_the_disk_is_full() {
     let mut node = volume().await;
     let life = node.life("v").await;
-    node.await_epoch_files(2).await;
+    life.ready().await;
     life.write(0, fill(1, MIB)).await;
     node.taps.full_creates.store(true, Ordering::SeqCst);
     tokio::time::timeout(Duration::from_secs(20), life.commit()).await.expect("a full disk still commits");
@@ -408,7 +409,7 @@ fn l24_a_sync_that_a_kill_cut_short_makes_recovery_write_all_live_sectors_again(
     let first = runtime();
     first.block_on(async {
         let life = node.life("v").await;
-        node.await_epoch_files(2).await;
+        life.ready().await;
         life.write(MIB, noise(1, 12 * KIB)).await;
         let begun = *node.taps.begun_syncs.borrow();
         node.taps.held_syncs.send_replace(true);
@@ -510,6 +511,30 @@ async fn l15_l21_all_that_recovery_finds_goes_into_one_commit() {
     life.kill().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l11_space_that_comes_back_when_a_removed_file_is_closed_at_last_lets_writers_go_on() {
+    let mut node = volume().await;
+    let life = node.life("v").await;
+    life.write(0, fill(1, MIB)).await;
+    node.taps.full_space.store(true, Ordering::SeqCst);
+    let mut level = life.engine.pressure.changes();
+    life.engine.pressure.look().await;
+    level.wait_for(|level| *level == Level::Full).await.unwrap();
+    let waiting = life.try_write(0, fill(2, MIB));
+    let looks = *node.taps.looks.borrow();
+    let freeing = async {
+        // The little that is dirty is committed, since writers wait for it; when the write came and when the file was
+        // removed, space is looked at. The file system takes its time to free the file, and tells nobody when it has.
+        let mut seen = node.taps.looks.subscribe();
+        seen.wait_for(|now| *now >= looks + 2).await.unwrap();
+        assert_eq!(life.attached.volume.counters().commits.load(Ordering::SeqCst), 1);
+        node.taps.full_space.store(false, Ordering::SeqCst);
+    };
+    let both = tokio::time::timeout(Duration::from_secs(10), async { tokio::join!(waiting, freeing).0 });
+    assert_eq!(both.await.expect("nobody looks whether there is space by now"), Ok(()));
+    life.kill().await;
+}
+
 /// A file system of few megabytes, gone when dropped.
 struct SmallDisk(tempfile::TempDir);
 
@@ -532,26 +557,39 @@ impl Drop for SmallDisk {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn l11_a_disk_that_runs_full_is_emptied_by_commits_while_writes_wait() {
-    let Some(small) = SmallDisk::mount(24 * MIB) else {
+    let Some(small) = SmallDisk::mount(96 * MIB) else {
         println!("skipped: no right to mount a small file system");
         return;
     };
     let mut node = volume().await;
     node.create("w", GIB, None).await;
-    node.config.reserve_bytes = 2 * MIB;
+    node.config.reserve_bytes = 12 * MIB;
     let config = RealDiskConfig { state_dir: small.0.path().to_owned(), runtime_dir: None };
     let disk = Arc::new(RealDisk::open(config).unwrap());
     let cache = CleanCache::open(disk.clone(), Offload::Threads, CacheConfig { bytes: 0 }).await.unwrap();
     let engine = node.engine_on(disk, cache);
     let attached = blockhouse::volume::attach::attach(&engine, "w").await.unwrap();
     let handler = blockhouse::volume::VolumeHandler(attached.volume.clone());
-    for step in 0..192 {
+    // Commits cannot free anything, until writers wait; then they can.
+    node.store.stop();
+    let (store, mut level) = (node.store.clone(), engine.pressure.changes());
+    let resumed = tokio::spawn(async move {
+        level.wait_for(|level| *level == Level::Full).await.unwrap();
+        store.resume();
+    });
+    let mut slowest = Duration::ZERO;
+    for step in 0..384 {
         let data = noise(step, 512 * KIB);
+        let started = std::time::Instant::now();
         let done = block::write_at(&handler, step * 512 * KIB, data, block::Durability::Acknowledged).await;
         done.unwrap_or_else(|error| panic!("write {step}: {error}"));
+        slowest = slowest.max(started.elapsed());
     }
+    println!("192 MiB through a disk of 96: the slowest write took {slowest:?}");
+    resumed.await.unwrap();
+    assert!(slowest < Duration::from_secs(5), "it waited for space that was there");
     attached.destager.ask(|reply| blockhouse::volume::destage::Request::Commit { reply }).await.unwrap();
-    for step in [0, 77, 191] {
+    for step in [0, 177, 383] {
         let mut out = bytes::BytesMut::new();
         block::read_at(&handler, ByteRange::new(step * 512 * KIB, 512 * KIB), &mut out).await.unwrap();
         assert_eq!(out, noise(step, 512 * KIB));

@@ -3,7 +3,7 @@
 use crate::rig::{GIB, KIB, Life, MIB, Node, fill, noise};
 use blockhouse::block::BlockError;
 use blockhouse::geometry::BLOCK_BYTES;
-use blockhouse::store::{Expect, Key, ObjectStore};
+use blockhouse::store::{Expect, Key};
 use blockhouse::volume::destage::Request;
 use blockhouse::volume::engine::EngineError;
 use blockhouse::volume::head::{Owner, SmallObject, TermEnd, keys};
@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 const SIZE: u64 = 64 * MIB;
 
 async fn volume() -> Node {
-    let mut node = Node::new();
+    let mut node = Node::new().await;
     node.cache_bytes = 0;
     node.create("v", SIZE, None).await;
     node
@@ -289,7 +289,8 @@ async fn g12_a_snapshot_has_what_was_acknowledged_before_it_and_its_head_stands_
     life.commit().await;
     // A volume over the snapshot has the state of that moment.
     node.create("fork", snapshot.size_bytes, snapshot.map).await;
-    let fork = node.life("fork").await;
+    let mut other = node.other(7);
+    let fork = other.life("fork").await;
     assert!(fork.holds(0, MIB, 1).await && life.holds(0, MIB, 2).await);
     let ask = |reply| Request::Snapshot { description: None, reply };
     assert_eq!(life.attached.destager.ask(ask).await.unwrap().number, snapshot.number + 1);
@@ -299,7 +300,7 @@ async fn g12_a_snapshot_has_what_was_acknowledged_before_it_and_its_head_stands_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn g2_the_floor_never_passes_what_the_owner_may_still_publish() {
-    let mut node = Node::new();
+    let mut node = Node::new().await;
     node.create("v", GIB, None).await;
     let life = node.life("v").await;
     assert!(node.head("v").await.0.owner.is_some(), "a head stands before the first upload");

@@ -9,19 +9,22 @@ use blockhouse::block::{self, BlockError, BlockHandler, Durability};
 use blockhouse::clock::{Clock, UnixMillis};
 use blockhouse::disk::Disk;
 use blockhouse::disk::real::{RealDisk, RealDiskConfig, raise_file_limit};
-use blockhouse::geometry::{ByteRange, len_of};
+use blockhouse::geometry::{BLOCK_BYTES, BlockIndex, ByteRange, len_of};
 use blockhouse::offload::Offload;
 use blockhouse::store::dir::{DirConfig, DirStore, IfMissing};
 use blockhouse::store::memory::MemoryStore;
 use blockhouse::store::{ETag, Expect, GetRange, ObjectStore};
 use blockhouse::volume::VolumeHandler;
 use blockhouse::volume::attach::{Attached, attach};
+use blockhouse::volume::base::BaseMap;
 use blockhouse::volume::cache::{CacheConfig, CleanCache};
-use blockhouse::volume::destage::Request;
-use blockhouse::volume::engine::{Engine, EngineConfig, EngineError, Identity, Parts};
+use blockhouse::volume::destage::{MapDraft, Request};
+use blockhouse::volume::engine::{Engine, EngineConfig, EngineError, Identity, Parts, Stamps};
 use blockhouse::volume::head::{Head, SmallObject, keys};
-use blockhouse::volume::ids::{Incarnation, NodeId, Nonce, PoolId, Uid};
+use blockhouse::volume::ids::{ContentHash, Incarnation, NodeId, Nonce, PoolId, Uid};
 use blockhouse::volume::map::MapRef;
+use blockhouse::volume::pack::{PackBuilder, encode_block};
+use blockhouse::volume::segment::SEGMENT_BLOCKS;
 use bytes::{Bytes, BytesMut};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -29,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
@@ -36,8 +40,21 @@ pub const GIB: u64 = 1 << 30;
 pub const TIB: u64 = 1 << 40;
 pub const POOL: PoolId = PoolId([1; 16]);
 
+/// Whoever measures memory has the process to itself.
+static TURN: RwLock<()> = RwLock::const_new(());
+
+/// What a node holds while it is there.
+enum Turn {
+    Shared(#[expect(dead_code, reason = "held")] RwLockReadGuard<'static, ()>),
+    Alone(#[expect(dead_code, reason = "held")] RwLockWriteGuard<'static, ()>),
+    /// Another node of the same test holds it.
+    Other,
+}
+
 /// A node: its directories, its pool, and every incarnation that it had.
 pub struct Node {
+    #[expect(dead_code, reason = "held")]
+    turn: Turn,
     state: TempDir,
     runtime: TempDir,
     pub taps: Arc<Taps>,
@@ -56,13 +73,13 @@ pub struct Life {
 }
 
 impl Node {
-    /// Over a pool.
-    pub fn over(store: Arc<TapStore>, id: u8) -> Self {
+    fn over(store: Arc<TapStore>, id: u8, turn: Turn) -> Self {
         raise_file_limit().expect("the limit of open files");
         let shared_memory = std::path::Path::new("/dev/shm");
         let runtime =
             if shared_memory.is_dir() { tempfile::tempdir_in(shared_memory) } else { tempfile::tempdir() };
         Self {
+            turn,
             state: tempfile::tempdir().expect("a directory"),
             runtime: runtime.expect("a directory"),
             taps: Taps::new(),
@@ -81,25 +98,29 @@ impl Node {
     }
 
     /// Over a pool in memory.
-    pub fn new() -> Self {
-        Self::over(TapStore::over(Arc::new(MemoryStore::new(Clock::System))), 2)
+    pub async fn new() -> Self {
+        let store = TapStore::over(Arc::new(MemoryStore::new(Clock::System)));
+        Self::over(store, 2, Turn::Shared(TURN.read().await))
     }
 
-    /// Over a pool in a directory, which goes with the returned guard.
+    /// Over a pool in memory, with no other node in the process: to measure.
+    pub async fn alone() -> Self {
+        let store = TapStore::over(Arc::new(MemoryStore::new(Clock::System)));
+        Self::over(store, 2, Turn::Alone(TURN.write().await))
+    }
+
+    /// As [`Node::alone`], over a pool in a directory, which goes with the returned guard.
     pub async fn on_directory() -> (Self, TempDir) {
+        let turn = Turn::Alone(TURN.write().await);
         let pool = tempfile::tempdir().expect("a directory");
         let config = DirConfig { if_missing: IfMissing::Create, ..DirConfig::default() };
         let store = DirStore::open(pool.path().join("pool"), config).await.expect("a pool");
-        (Self::over(TapStore::over(Arc::new(store)), 2), pool)
+        (Self::over(TapStore::over(Arc::new(store)), 2, turn), pool)
     }
 
     /// Another state directory with this one's pool.
     pub fn other(&self, id: u8) -> Self {
-        Self::over(self.store.clone(), id)
-    }
-
-    pub fn state_dir(&self) -> PathBuf {
-        self.state.path().to_owned()
+        Self::over(self.store.clone(), id, Turn::Other)
     }
 
     /// A new run of the daemon.
@@ -198,18 +219,6 @@ impl Node {
         });
         files
     }
-
-    /// Waits until that many epoch files are there: the active one, and the one for the next cut.
-    pub async fn await_epoch_files(&self, count: usize) {
-        let wait = async {
-            while self.epoch_files().len() != count {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(30), wait)
-            .await
-            .expect("the files of the next cut are made");
-    }
 }
 
 fn files_below(dir: &std::path::Path) -> Vec<PathBuf> {
@@ -287,6 +296,11 @@ impl Life {
         self.try_commit().await.expect("a commit works");
     }
 
+    /// Waits until the file of the next cut is made. Nothing may be dirty.
+    pub async fn ready(&self) {
+        self.commit().await;
+    }
+
     pub async fn resize(&self, size_bytes: u64) {
         let asked = self.attached.destager.ask(|reply| Request::Resize { size_bytes, reply }).await;
         asked.expect("a resize works");
@@ -326,4 +340,21 @@ pub fn noise(seed: u64, len: u64) -> Bytes {
 /// `len` times that byte.
 pub fn fill(byte: u8, len: u64) -> Bytes {
     vec![byte; len_of(len)].into()
+}
+
+/// A map of a volume of which no stretch that the table lists is zero, made without writing all of it.
+pub async fn image(engine: &Arc<Engine>, size_bytes: u64) -> MapRef {
+    let mut stamps = Stamps::new(Uid(rand::random()), 1, 0);
+    let content = fill(3, BLOCK_BYTES);
+    let encoded = encode_block(&content, ContentHash::of(&content), 1);
+    let mut builder = PackBuilder::new(stamps.take(engine));
+    for block in (0..size_bytes / BLOCK_BYTES).step_by(len_of(SEGMENT_BLOCKS)) {
+        builder.push(BlockIndex(block), encoded.clone());
+        builder.push(BlockIndex(block + SEGMENT_BLOCKS - 1), encoded.clone());
+    }
+    let (bytes, reference, index) = builder.finish();
+    engine.put_immutable(&keys::pack(&reference.id), bytes).await.expect("it is put");
+    let mut draft = MapDraft::new(&BaseMap::empty(size_bytes), size_bytes);
+    draft.push(engine, &mut stamps, (reference, Arc::new(index))).await.expect("it is put");
+    draft.publish(engine, &mut stamps, size_bytes).await.expect("it is put").reference.expect("it has blocks")
 }

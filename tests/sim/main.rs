@@ -550,7 +550,13 @@ fn sweep(count: u64, mutant: Option<Mutant>) -> (u64, Option<(u64, String)>, Sta
                     if seed >= count || found.lock().is_some() {
                         return;
                     }
-                    let outcome = run_world(seed, false);
+                    // A panic is a violation like any other.
+                    let world = std::panic::catch_unwind(|| run_world(seed, false));
+                    let outcome = world.unwrap_or_else(|_| Outcome {
+                        violation: Some("it panics".into()),
+                        trace: 0,
+                        stats: Stats::default(),
+                    });
                     if let Some(violation) = outcome.violation {
                         found.lock().get_or_insert((seed, violation));
                     }
@@ -611,7 +617,9 @@ fn the_same_seed_is_the_same_world() {
 #[test]
 fn every_bug_put_in_on_purpose_is_caught() {
     let mut missed = Vec::new();
-    for &mutant in Mutant::ALL.iter().filter(|&&mutant| mutant != Mutant::NoSecondLook) {
+    let only = std::env::var("BLOCKHOUSE_SIM_MUTANT").ok();
+    let wanted = |mutant: Mutant| only.as_ref().is_none_or(|only| *only == format!("{mutant:?}"));
+    for &mutant in Mutant::ALL.iter().filter(|&&mutant| mutant != Mutant::NoSecondLook && wanted(mutant)) {
         let (tried, found, _) = sweep(seeds(2_000) * 10, Some(mutant));
         match found {
             Some((seed, violation)) => println!("{mutant:?}: caught in world {seed} of {tried}: {violation}"),
