@@ -197,11 +197,6 @@ async fn recover(engine: &Arc<Engine>, held: HeldHead, found: Vec<Found>) -> Res
             orphans.len()
         );
     }
-    write_base_record(engine, &base_record(&held)).await;
-    remove_stray_records(engine, &held.head, &orphans).await;
-    for epoch in removed {
-        epoch.unlink(&engine.disk).await.map_err(disk("remove an epoch file"))?;
-    }
     remove_stray_maps(engine, &uid, replayed.iter().chain(&orphans)).await?;
     let number = last_number + 1;
     let header = EpochHeader {
@@ -213,7 +208,21 @@ async fn recover(engine: &Arc<Engine>, held: HeldHead, found: Vec<Found>) -> Res
         number,
         size_bytes: head.size_bytes,
     };
-    let active = Epoch::create(&engine.disk, engine.offload, header).await?;
+    let record = base_record(&held);
+    let noted = async {
+        write_base_record(engine, &record).await;
+        remove_stray_records(engine, &held.head, &orphans).await;
+    };
+    let active = if removed.is_empty() {
+        // Side by side: each waits for the disk, and somebody waits for the attach.
+        futures::future::join(noted, Epoch::create(&engine.disk, engine.offload, header)).await.1?
+    } else {
+        noted.await;
+        for epoch in removed {
+            epoch.unlink(&engine.disk).await.map_err(disk("remove an epoch file"))?;
+        }
+        Epoch::create(&engine.disk, engine.offload, header).await?
+    };
     let pages = replayed.iter().map(|epoch| epoch.map().touched_pages()).sum();
     engine.pressure.note_map_pages(pages, 0);
     let size_bytes = head.size_bytes;
