@@ -671,6 +671,7 @@ mod tests {
     /// The model checker's atomics: the very functions above run on them, in every order that the memory model allows.
     mod loomed {
         use super::super::*;
+        #[cfg(feature = "mutants")]
         use crate::mutant;
         use loom::sync::Arc;
         use loom::sync::atomic::AtomicU64 as LoomU64;

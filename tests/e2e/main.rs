@@ -11,5 +11,6 @@ mod tools;
 mod bad;
 mod flow;
 mod full;
+mod idle;
 mod kill;
 mod lost;

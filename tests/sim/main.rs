@@ -528,6 +528,7 @@ fn run_world(seed: u64, show: bool) -> Outcome {
         }
         run.world.note(&format!("{before:?}"));
     }
+    run.world.end();
     let stats = stats.lock().clone();
     let trace = run.world.state.lock().trace;
     Outcome { violation: run.violation(), trace, stats }

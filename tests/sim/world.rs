@@ -208,6 +208,12 @@ impl World {
         }
     }
 
+    /// Lets go of what holds on to the world itself.
+    pub fn end(&self) {
+        let maps = std::mem::take(&mut self.state.lock().maps);
+        drop(maps);
+    }
+
     /// Epoch files that are there.
     pub fn epoch_files(&self) -> Vec<String> {
         let state = self.state.lock();
