@@ -98,6 +98,16 @@ fn g19_blocks() {
 }
 
 #[test]
+fn g19_heads() {
+    run("head");
+}
+
+#[test]
+fn g19_epoch_headers() {
+    run("epoch header");
+}
+
+#[test]
 fn g19_qcow2_images() {
     run("qcow2");
 }

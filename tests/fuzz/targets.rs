@@ -1,8 +1,13 @@
 //! The decoders.
 
 use crate::{Target, golden};
+use blockhouse::clock::UnixMillis;
 use blockhouse::geometry::BLOCK_LEN;
-use blockhouse::volume::ids::{ContentHash, ObjectHash, ObjectId};
+use blockhouse::volume::epoch::EpochHeader;
+use blockhouse::volume::head::{CommitRecord, Head, Owner, SmallObject, TermEnd, TermRecord, fate};
+use blockhouse::volume::ids::{
+    ContentHash, FileId, Incarnation, NodeId, Nonce, ObjectHash, ObjectId, PoolId, Uid,
+};
 use blockhouse::volume::map::{Map, MapRef};
 use blockhouse::volume::pack::{
     ALL_PAGES, Encoding, PackIndex, PackRef, StoredBlock, decode_block, encode_block,
@@ -57,6 +62,27 @@ pub fn all() -> Vec<Target> {
             heap_bytes_max: |_| 4 * BLOCK_LEN,
             fix: |_| (),
             decode: block,
+        },
+        Target {
+            name: "head",
+            seeds: heads(),
+            // What serde buffers while it looks at a field, several times over.
+            heap_bytes_max: |len| 16 * len + 65536,
+            fix: |_| (),
+            decode: head,
+        },
+        Target {
+            name: "epoch header",
+            seeds: vec![epoch_header_seed().encode().to_vec()],
+            heap_bytes_max: |len| 4 * len + 8192,
+            fix: |input| {
+                if let Some((checked, hash)) = input.split_at_mut_checked(4096 - 32)
+                    && hash.len() == 32
+                {
+                    hash.copy_from_slice(blake3::hash(checked).as_bytes());
+                }
+            },
+            decode: epoch_header,
         },
         Target {
             name: "qcow2",
@@ -146,6 +172,64 @@ fn map_reference(input: &[u8]) -> bool {
     let Ok(reference) = serde_json::from_slice::<MapRef>(input) else { return false };
     let again = serde_json::to_vec(&reference).unwrap();
     assert_eq!(serde_json::from_slice::<MapRef>(&again).unwrap(), reference);
+    true
+}
+
+fn heads() -> Vec<Vec<u8>> {
+    let plain = Head {
+        uid: Uid([3; 16]),
+        nonce: Nonce([4; 16]),
+        term: 2,
+        floor: 1 << 40,
+        map: serde_json::from_str(golden::MAP_REF).unwrap(),
+        size_bytes: 1 << 30,
+        owner: Some(Owner { node: NodeId([5; 16]), incarnation: Incarnation([6; 16]) }),
+        from: Some("image:debian".into()),
+        description: None,
+        next_snapshot: 3,
+        history: vec![TermRecord {
+            term: 2,
+            node: NodeId([5; 16]),
+            last_commit: Some(CommitRecord {
+                epoch: 9,
+                incarnation: Incarnation([6; 16]),
+                at: UnixMillis(1_800_000_000_000),
+            }),
+            ended: Some(TermEnd::Released),
+        }],
+        created: UnixMillis(1_800_000_000_000),
+        last_commit: None,
+    };
+    let mut empty = plain.clone();
+    (empty.map, empty.owner, empty.history) = (None, None, vec![]);
+    vec![plain.encode().to_vec(), empty.encode().to_vec()]
+}
+
+fn head(input: &[u8]) -> bool {
+    let Ok(head) = Head::decode(input) else { return false };
+    assert_eq!(Head::decode(&head.encode()).unwrap(), head);
+    // What it decides on never panics, whatever the counts.
+    for number in [0, 1, u64::MAX] {
+        let _fate = fate(&head, head.term, number, &[Incarnation([6; 16])]);
+    }
+    true
+}
+
+fn epoch_header_seed() -> EpochHeader {
+    EpochHeader {
+        pool: PoolId([1; 16]),
+        uid: Uid([3; 16]),
+        file_id: FileId([7; 16]),
+        incarnation: Incarnation([6; 16]),
+        term: 2,
+        number: 9,
+        size_bytes: 1 << 30,
+    }
+}
+
+fn epoch_header(input: &[u8]) -> bool {
+    let Ok(header) = EpochHeader::decode(input) else { return false };
+    assert_eq!(EpochHeader::decode(&header.encode()).unwrap(), header);
     true
 }
 
