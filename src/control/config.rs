@@ -209,21 +209,6 @@ fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
 }
 
 impl Config {
-    /// Where the maps of what was written lie. The same after every restart with the same state directory, whoever starts
-    /// it from where: a map that is not found is a promise broken. So it never depends on the environment.
-    pub fn runtime_dir(&self) -> PathBuf {
-        if let Some(dir) = &self.state.runtime_dir {
-            return dir.clone();
-        }
-        if !rustix::process::geteuid().is_root() {
-            // Not /dev/shm or the login session's directory: both are emptied when the user logs out.
-            return self.state.dir.join("run");
-        }
-        let absolute = std::path::absolute(&self.state.dir).unwrap_or_else(|_| self.state.dir.clone());
-        let hash = blake3::hash(absolute.as_os_str().as_encoded_bytes()).to_hex();
-        PathBuf::from(format!("/run/blockhouse-{}", &hash[..16]))
-    }
-
     /// What no type says.
     fn check(&self) -> Result<(), String> {
         let addresses = self.nbd.listen.iter().map(|text| ("nbd", text));
