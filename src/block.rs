@@ -53,11 +53,20 @@ pub type Keep = Arc<dyn Any + Send + Sync>;
 /// Where the bytes of one piece of a read are.
 pub enum Source {
     /// In a local file, from `offset_bytes` on, for as long as `keep` lives.
-    File { file: Arc<dyn DiskFile>, offset_bytes: u64, keep: Keep },
+    File { file: Arc<dyn DiskFile>, offset_bytes: u64, keep: Keep, pages: Pages },
     /// Zeros.
     Zeros,
     /// Not on this node: [`BlockHandler::load`] brings it. `token` means something to that handler only.
     Missing { token: MissingToken },
+}
+
+/// Whether pages of a file may be handed to somebody who looks at them after `keep` is gone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pages {
+    /// They never hold anything but this stretch of this disk.
+    Lasting,
+    /// They may be filled with something else: copy.
+    Refilled,
 }
 
 /// What a handler needs to find a missing piece again.
@@ -198,7 +207,7 @@ pub async fn read_at(
         match piece.source {
             Source::Zeros => out.resize(out.len() + len, 0),
             Source::Missing { token } => out.extend_from_slice(&handler.load(piece.range, &token).await?),
-            Source::File { file, offset_bytes, keep } => {
+            Source::File { file, offset_bytes, keep, .. } => {
                 let start = out.len();
                 out.resize(start + len, 0);
                 let got = match file.try_read_at(&mut out[start..], offset_bytes) {

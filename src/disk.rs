@@ -9,6 +9,7 @@ pub mod real;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -35,7 +36,17 @@ pub trait DiskFile: Send + Sync + 'static {
     /// Its inode number.
     fn inode(&self) -> u64;
     /// The descriptor, for frontends that hand it to the kernel. `None` in a simulation.
-    fn raw_fd(&self) -> Option<std::os::fd::RawFd>;
+    fn as_fd(&self) -> Option<BorrowedFd<'_>>;
+    /// Whether the kernel has that stretch in memory, so that sending it from the file waits for no disk. `false`
+    /// where that cannot be told.
+    fn is_resident(&self, _offset_bytes: u64, _len_bytes: u64) -> bool {
+        false
+    }
+    /// Writes all of `buf` on this thread, which may have to wait for the disk: only from threads that may.
+    /// `WouldBlock` where only [`DiskFile::write_at`] is at hand.
+    fn write_here(&self, _buf: &[u8], _offset_bytes: u64) -> io::Result<()> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
 }
 
 /// A file mapped as 64-bit words, shared with whoever maps it next after a crash of this process.

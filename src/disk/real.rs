@@ -24,7 +24,7 @@ use rustix::process::Resource;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _};
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -43,6 +43,8 @@ const REFUSALS_MAX: u32 = 16;
 const REFUSED_ASK_EVERY: u32 = 1024;
 /// Names of files on their way to [`Disk::write_small`]'s rename; never listed.
 const TEMPORARY_PREFIX: &str = ".tmp-";
+/// `cachestat(2)`, the same on every architecture.
+const SYS_CACHESTAT: libc::c_long = 451;
 /// Where a node's local files are.
 #[derive(Clone, Debug)]
 pub struct RealDiskConfig {
@@ -623,9 +625,44 @@ impl DiskFile for RealFile {
         self.inode
     }
 
-    fn raw_fd(&self) -> Option<RawFd> {
-        self.inner.file.as_ref().map(|file| file.as_raw_fd())
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.file.as_ref().map(|file| file.as_fd())
     }
+
+    fn is_resident(&self, offset_bytes: u64, len_bytes: u64) -> bool {
+        self.inner.file().is_ok_and(|file| is_resident(file, offset_bytes, len_bytes))
+    }
+
+    fn write_here(&self, buf: &[u8], offset_bytes: u64) -> io::Result<()> {
+        self.inner.file()?.write_all_at(buf, offset_bytes)
+    }
+}
+
+/// Whether all pages of a stretch are in the page cache, by `cachestat(2)`. `false` on kernels before 6.5.
+fn is_resident(file: &File, offset_bytes: u64, len_bytes: u64) -> bool {
+    #[repr(C)]
+    struct Stretch {
+        offset_bytes: u64,
+        len_bytes: u64,
+    }
+    #[repr(C)]
+    #[derive(Default)]
+    struct Counts {
+        cached: u64,
+        dirty: u64,
+        write_back: u64,
+        evicted: u64,
+        recently_evicted: u64,
+    }
+    let stretch = Stretch { offset_bytes, len_bytes };
+    let mut counts = Counts::default();
+    // SAFETY: both structures are laid out as the kernel's and live until the call returns; the descriptor is open for
+    // as long as `file` is borrowed.
+    let result =
+        unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const stretch, &raw mut counts, 0_u32) };
+    let page_bytes = rustix::param::page_size() as u64;
+    let pages = (offset_bytes + len_bytes).div_ceil(page_bytes) - offset_bytes / page_bytes;
+    result == 0 && counts.cached >= pages
 }
 
 /// Start and end of each allocated stretch.

@@ -229,8 +229,8 @@ impl DiskFile for TapFile {
         self.inner.inode()
     }
 
-    fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
-        self.inner.raw_fd()
+    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        self.inner.as_fd()
     }
 }
 

@@ -155,7 +155,7 @@ async fn l7_a_planned_read_outlives_the_commit_that_removes_its_epoch() {
     life.write(0, fill(2, 8 * KIB)).await;
     life.commit().await;
     assert_eq!(plan.len(), 1);
-    let Source::File { file, offset_bytes, keep } = &plan[0].source else { panic!("it is in an epoch") };
+    let Source::File { file, offset_bytes, keep, .. } = &plan[0].source else { panic!("it is in an epoch") };
     assert_eq!(file.read_at(*offset_bytes, 8192).await.unwrap(), fill(1, 8 * KIB));
     let _ = keep;
     drop(plan);

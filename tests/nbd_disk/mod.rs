@@ -81,6 +81,10 @@ impl DiskFile for MemoryFile {
         Ok(buf.len())
     }
 
+    fn write_here(&self, buf: &[u8], offset_bytes: u64) -> io::Result<()> {
+        self.try_write_at(buf, offset_bytes).map(drop)
+    }
+
     fn read_at(&self, offset_bytes: u64, len: usize) -> BoxFuture<'static, io::Result<Bytes>> {
         let memory = self.0.clone();
         async move {
@@ -119,7 +123,7 @@ impl DiskFile for MemoryFile {
         1
     }
 
-    fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
+    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         None
     }
 }
@@ -271,6 +275,7 @@ impl BlockHandler for TestDisk {
                     file: Arc::new(MemoryFile(self.memory.clone())),
                     offset_bytes: range.start(),
                     keep: Arc::new(()),
+                    pages: blockhouse::block::Pages::Lasting,
                 },
             };
             Piece { range, source }

@@ -521,7 +521,7 @@ impl DiskFile for SimFile {
         self.inode as u64
     }
 
-    fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
+    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         None
     }
 }

@@ -6,24 +6,65 @@
 use super::budget::NodeBudget;
 use super::handshake::{self, ExportFacts, Handshake, Negotiated};
 use super::session::BadMagic;
-use super::transmission::{ClientEnd, Ended, Transmission};
+use super::threads::{Finished, Threads};
+use super::transmission::{Cause, ClientEnd, Ended, Scratch, Transmission};
+use super::transport::{PlainSocket, Streamed, Transport};
 use super::wire::LIST_MAX;
 use super::{Config, Exports, OpenExport};
 use crate::block::BlockError;
 use bytes::BytesMut;
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// Time that a client has to see our end of the stream before the socket is closed under what it still sends.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// A stream that a client can come on.
+pub trait Client: AsyncRead + AsyncWrite + Send + Unpin + Sized {
+    /// The socket itself, if nothing lies between it and what the client says.
+    ///
+    /// # Errors
+    /// The runtime does not let it go.
+    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>>;
+
+    /// Back from what [`Client::into_plain`] gave.
+    ///
+    /// # Errors
+    /// The runtime does not take it.
+    fn from_plain(socket: PlainSocket) -> io::Result<Self>;
+}
+
+impl Client for TcpStream {
+    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>> {
+        Ok(Ok(PlainSocket::new(self.into_std()?.into())))
+    }
+
+    fn from_plain(socket: PlainSocket) -> io::Result<Self> {
+        Self::from_std(socket.into_fd().into())
+    }
+}
+
+impl Client for UnixStream {
+    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>> {
+        Ok(Ok(PlainSocket::new(self.into_std()?.into())))
+    }
+
+    fn from_plain(socket: PlainSocket) -> io::Result<Self> {
+        Self::from_std(socket.into_fd().into())
+    }
+}
+
 /// What all connections share.
 pub struct Shared {
+    pub threads: Threads,
     pub config: Config,
     pub exports: Arc<dyn Exports>,
     pub budget: NodeBudget,
@@ -56,22 +97,37 @@ pub enum ConnectionError {
 ///
 /// # Cancellation
 /// Closes the socket; writes that have begun go on, unacknowledged.
-pub async fn serve<S>(mut io: S, shared: &Shared) -> Result<(), ConnectionError>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send,
-{
+pub async fn serve<S: Client>(mut io: S, shared: &Shared) -> Result<(), ConnectionError> {
     let mut input = BytesMut::new();
-    let agreed = tokio::select! {
-        agreed = timeout(shared.config.handshake_timeout, negotiate(&mut io, &mut input, &*shared.exports)) => {
-            agreed.map_err(|_| ConnectionError::HandshakeTimeout)??
+    let agreed = {
+        // Boxed: its memory is given back before the long part begins.
+        let negotiate = Box::pin(negotiate(&mut io, &mut input, &*shared.exports));
+        tokio::select! {
+            agreed = timeout(shared.config.handshake_timeout, negotiate) => {
+                agreed.map_err(|_| ConnectionError::HandshakeTimeout)??
+            }
+            () = shared.stop.cancelled() => None,
         }
-        () = shared.stop.cancelled() => None,
     };
     let Some((export, negotiated)) = agreed else { return Ok(()) };
     let OpenExport { handler, guard, closed, .. } = export;
-    let mut transmission = Transmission::new(io, input, negotiated, handler, closed, shared);
-    let result = poll_fn(|cx| transmission.poll(cx)).await;
-    let Ended { io, client, under_way } = transmission.end();
+    let (input, disk) = (Vec::from(input), (handler, closed));
+    let (result, ended) = match io.into_plain()? {
+        Ok(socket) => {
+            let waits = Some(shared.threads.waits());
+            let transmission = Transmission::new(socket, input, negotiated, disk, shared, waits);
+            let Finished { result, ended } = shared.threads.serve(transmission).await?;
+            let Ended { transport, client, under_way } = ended;
+            (result, Ended { transport: S::from_plain(transport)?, client, under_way })
+        }
+        Err(io) => {
+            let mut transmission = Transmission::new(Streamed(io), input, negotiated, disk, shared, None);
+            let result = poll_fn(|cx| poll_here(&mut transmission, cx)).await;
+            let Ended { transport: Streamed(io), client, under_way } = transmission.end();
+            (result, Ended { transport: io, client, under_way })
+        }
+    };
+    let Ended { transport: io, client, under_way } = ended;
     match &result {
         Ok(()) => say_goodbye(io, client).await,
         Err(_) => drop(io),
@@ -80,6 +136,21 @@ where
     under_way.await;
     drop(guard);
     result
+}
+
+fn poll_here<T: Transport>(
+    transmission: &mut Transmission<T>,
+    cx: &mut Context<'_>,
+) -> Poll<Result<(), ConnectionError>> {
+    thread_local! {
+        static SCRATCH: RefCell<Scratch> = RefCell::default();
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        transmission.resume(scratch);
+        let polled = transmission.poll(cx, scratch, Cause::Woken);
+        transmission.suspend(scratch);
+        polled
+    })
 }
 
 /// Closing a socket that still has unread bytes in it resets it, and a reset can overtake the last replies.

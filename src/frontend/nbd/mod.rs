@@ -31,7 +31,9 @@ pub mod handshake;
 pub mod reply;
 pub mod server;
 pub mod session;
+mod threads;
 mod transmission;
+mod transport;
 pub mod wire;
 mod work;
 

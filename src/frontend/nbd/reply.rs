@@ -10,30 +10,47 @@ use super::wire::{
     REPLY_ERROR_OFFSET, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE,
     SIMPLE_REPLY_MAGIC, allocation_state, cut,
 };
-use crate::block::Extent;
+use crate::block::{Extent, Keep};
+use crate::disk::DiskFile;
 use crate::geometry::{ByteRange, len_of};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::io::IoSlice;
+use std::sync::Arc;
 
 /// A stretch of zeros shorter than this goes as data: a chunk of its own would cost the client more.
 const HOLE_BYTES_MIN: u64 = 4096;
 /// Data up to this length is copied behind its header, so that many replies leave in one stretch.
 const COPY_BYTES_MAX: usize = 16 * 1024;
+/// A header up to this length is copied out of the way of data that is not.
+const SEAL_COPY_BYTES_MAX: usize = 1024;
 
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
-/// Bytes that were read, or zeros.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// What a read found: bytes, where they are, or zeros.
 pub enum Part {
     Data(Bytes),
-    Zeros { len_bytes: u64 },
+    /// Only for a stream that takes files.
+    File(FileSpan),
+    Zeros {
+        len_bytes: u64,
+    },
+}
+
+/// A stretch of a file, which goes to the client without a copy in this process: what the file holds when the client
+/// takes it, so no one may put other data there.
+pub struct FileSpan {
+    pub file: Arc<dyn DiskFile>,
+    pub offset_bytes: u64,
+    pub len_bytes: u64,
+    pub keep: Keep,
 }
 
 impl Part {
     fn len_bytes(&self) -> u64 {
         match self {
             Self::Data(data) => data.len() as u64,
+            Self::File(span) => span.len_bytes,
             Self::Zeros { len_bytes } => *len_bytes,
         }
     }
@@ -56,12 +73,19 @@ impl Chunk {
 }
 
 /// Bytes for the client, in order.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Outbox {
-    sealed: VecDeque<Bytes>,
+    sealed: VecDeque<Sealed>,
+    /// How many of them are files.
+    files: usize,
     tail: BytesMut,
     queued_bytes: u64,
     taken_bytes: u64,
+}
+
+enum Sealed {
+    Bytes(Bytes),
+    File(FileSpan),
 }
 
 impl Outbox {
@@ -78,6 +102,7 @@ impl Outbox {
     /// Forgets what was not taken.
     pub fn clear(&mut self) {
         self.sealed.clear();
+        self.files = 0;
         self.tail = BytesMut::new();
         self.taken_bytes = self.queued_bytes;
     }
@@ -160,6 +185,7 @@ impl Outbox {
         for part in parts {
             match part {
                 Part::Data(data) => self.put_data(data),
+                Part::File(span) => self.put_file(span),
                 Part::Zeros { len_bytes } => self.put_zeros(len_bytes),
             }
         }
@@ -219,29 +245,105 @@ impl Outbox {
         if data.len() <= COPY_BYTES_MAX {
             self.tail.extend_from_slice(&data);
         } else {
-            if !self.tail.is_empty() {
-                self.sealed.push_back(self.tail.split().freeze());
-            }
-            self.sealed.push_back(data);
+            self.seal();
+            self.sealed.push_back(Sealed::Bytes(data));
+        }
+    }
+
+    fn put_file(&mut self, span: FileSpan) {
+        self.queued_bytes += span.len_bytes;
+        self.seal();
+        self.files += 1;
+        self.sealed.push_back(Sealed::File(span));
+    }
+
+    /// Puts `len` bytes in that `fill` knows; `false`, and none of them, if it does not. `head` puts what is to
+    /// stand before them.
+    pub fn put_filled(
+        &mut self,
+        len: usize,
+        head: impl FnOnce(&mut Self),
+        fill: impl FnOnce(&mut [u8]) -> bool,
+    ) -> bool {
+        let (tail_bytes, queued_bytes) = (self.tail.len(), self.queued_bytes);
+        head(self);
+        let start = self.tail.len();
+        self.tail.resize(start + len, 0);
+        self.queued_bytes += len as u64;
+        let filled = fill(&mut self.tail[start..]);
+        if !filled {
+            self.tail.truncate(tail_bytes);
+            self.queued_bytes = queued_bytes;
+        }
+        filled
+    }
+
+    fn seal(&mut self) {
+        if self.tail.is_empty() {
+            return;
+        }
+        // A copy of what is short leaves the buffer whole for the replies after it.
+        let bytes = if self.tail.len() <= SEAL_COPY_BYTES_MAX {
+            let bytes = Bytes::copy_from_slice(&self.tail);
+            self.tail.clear();
+            bytes
+        } else {
+            self.tail.split().freeze()
+        };
+        self.sealed.push_back(Sealed::Bytes(bytes));
+    }
+
+    /// The file at the front, if one is.
+    pub fn front_file(&self) -> Option<&FileSpan> {
+        match self.sealed.front() {
+            Some(Sealed::File(span)) => Some(span),
+            Some(Sealed::Bytes(_)) | None => None,
+        }
+    }
+
+    /// Whether there is a file in it.
+    pub fn has_file(&self) -> bool {
+        self.files > 0
+    }
+
+    /// Takes a buffer to gather replies in, where it has none.
+    pub fn lend(&mut self, buffer: &mut BytesMut) {
+        if self.tail.is_empty() && self.tail.capacity() < buffer.capacity() {
+            self.tail = std::mem::take(buffer);
+        }
+    }
+
+    /// Gives the buffer back, unless replies are in it.
+    pub fn give_back(&mut self, buffer: &mut BytesMut) {
+        if self.tail.is_empty() {
+            *buffer = std::mem::take(&mut self.tail);
         }
     }
 }
 
+/// Bytes only: who takes files asks for [`Outbox::front_file`] first.
 impl Buf for Outbox {
     fn remaining(&self) -> usize {
         len_of(self.queued_bytes - self.taken_bytes)
     }
 
     fn chunk(&self) -> &[u8] {
-        self.sealed.front().map_or(&self.tail[..], |sealed| &sealed[..])
+        match self.sealed.front() {
+            Some(Sealed::Bytes(bytes)) => bytes,
+            Some(Sealed::File(_)) => &[],
+            None => &self.tail,
+        }
     }
 
     fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
-        let sealed = self.sealed.iter().map(|sealed| &sealed[..]);
-        let tail = Some(&self.tail[..]).filter(|tail| !tail.is_empty());
         let mut count = 0;
-        for (slice, bytes) in slices.iter_mut().zip(sealed.chain(tail)) {
+        for (slice, sealed) in slices.iter_mut().zip(&self.sealed) {
+            let Sealed::Bytes(bytes) = sealed else { return count };
             *slice = IoSlice::new(bytes);
+            count += 1;
+        }
+        if count < slices.len() && !self.tail.is_empty() {
+            slices[count] = IoSlice::new(&self.tail);
             count += 1;
         }
         count
@@ -250,17 +352,27 @@ impl Buf for Outbox {
     fn advance(&mut self, mut len: usize) {
         self.taken_bytes += len as u64;
         while let Some(front) = self.sealed.front_mut() {
-            if len < front.len() {
-                front.advance(len);
-                return;
+            match front {
+                Sealed::Bytes(bytes) if len < bytes.len() => {
+                    bytes.advance(len);
+                    return;
+                }
+                Sealed::File(span) if (len as u64) < span.len_bytes => {
+                    span.offset_bytes += len as u64;
+                    span.len_bytes -= len as u64;
+                    return;
+                }
+                Sealed::Bytes(bytes) => len -= bytes.len(),
+                Sealed::File(span) => {
+                    len -= len_of(span.len_bytes);
+                    self.files -= 1;
+                }
             }
-            len -= front.len();
             self.sealed.pop_front();
         }
         self.tail.advance(len);
         if self.tail.is_empty() {
-            // What an idle connection holds.
-            self.tail = BytesMut::new();
+            self.tail.clear();
         }
     }
 }

@@ -4,17 +4,18 @@
 //! Does not own: what a client says ([`super::connection`]).
 
 use super::budget::NodeBudget;
-use super::connection::{Shared, serve};
+use super::connection::{Client, Shared, serve};
+use super::threads::Threads;
 use super::{Config, Exports};
 use rustix::net::sockopt;
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -72,10 +73,14 @@ impl Server {
             ),
             None => None,
         };
+        let processors = std::thread::available_parallelism().map_or(2, NonZero::get);
+        let threads = Threads::start(processors, 2 * processors + 2)
+            .map_err(|source| StartError { address: "its threads".into(), source })?;
         let stop = shutdown.child_token();
         let gate = Gate {
             places: Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS))),
             shared: Arc::new(Shared {
+                threads,
                 budget: NodeBudget::new(config.node_bytes_max),
                 config,
                 exports,
@@ -138,7 +143,7 @@ struct Gate {
 impl Gate {
     fn admit<S>(&self, io: S, peer: String)
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: Client + 'static,
     {
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
             log::warn!("turned NBD client {peer} away: {} are connected", self.shared.config.connections_max);
@@ -155,7 +160,7 @@ async fn run<S>(
     shared: Arc<Shared>,
     abort: CancellationToken,
 ) where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Client + 'static,
 {
     tokio::select! {
         result = serve(io, &shared) => match result {

@@ -14,7 +14,8 @@ use super::wire::{
 use crate::block::{BlockError, Durability};
 use crate::frontend::{Operation, check};
 use crate::geometry::{ByteRange, Geometry, SECTOR_BYTES};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
+use std::ops::Deref;
 
 /// What came of the bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -86,7 +87,7 @@ enum State {
         left: ByteRange,
     },
     Payload {
-        piece: BytesMut,
+        piece: Vec<u8>,
         piece_len: usize,
         left: ByteRange,
         piece_bytes_max: usize,
@@ -108,7 +109,10 @@ impl Session {
     ///
     /// # Errors
     /// What follows in the stream means nothing: close the connection.
-    pub fn next(&mut self, input: &mut BytesMut, geometry: &Geometry) -> Result<Event, BadMagic> {
+    pub fn next<I>(&mut self, input: &mut I, geometry: &Geometry) -> Result<Event, BadMagic>
+    where
+        I: Buf + Deref<Target = [u8]>,
+    {
         match &mut self.state {
             State::Header => self.header(input, geometry),
             State::Payload { piece, piece_len, left, piece_bytes_max } => {
@@ -118,7 +122,7 @@ impl Session {
                 if piece.len() < *piece_len {
                     return Ok(Event::NeedInput);
                 }
-                let data = std::mem::take(piece).freeze();
+                let data = Bytes::from(std::mem::take(piece));
                 let offset_bytes = left.start();
                 let end_bytes = offset_bytes + *piece_len as u64;
                 let left = ByteRange::new(end_bytes, left.end() - end_bytes);
@@ -152,6 +156,21 @@ impl Session {
         }
     }
 
+    /// The announced write's payload, if all of it has come.
+    pub fn whole_payload<'a>(&self, input: &'a [u8]) -> Option<&'a [u8]> {
+        match &self.state {
+            State::Announced { left } => input.get(..crate::geometry::len_of(left.len())),
+            _ => None,
+        }
+    }
+
+    /// The announced write was done with [`Session::whole_payload`], which the caller takes out of the input.
+    pub fn payload_was_used(&mut self) {
+        if let State::Announced { .. } = self.state {
+            self.state = State::Header;
+        }
+    }
+
     /// Skips what is left of the payload of the write under way; then it is [`Event::Refused`].
     pub fn skip_payload(&mut self, cookie: Cookie, refusal: Refusal) {
         if let State::Announced { left } | State::Payload { left, .. } = &self.state {
@@ -160,7 +179,7 @@ impl Session {
     }
 
     /// Where the next bytes from the client may go directly, and how many of them, once `next` has taken all input.
-    pub fn payload_space(&mut self) -> Option<(&mut BytesMut, usize)> {
+    pub fn payload_space(&mut self) -> Option<(&mut Vec<u8>, usize)> {
         match &mut self.state {
             State::Payload { piece, piece_len, .. } => {
                 let missing = *piece_len - piece.len();
@@ -175,7 +194,10 @@ impl Session {
         matches!(self.state, State::Header | State::Ended)
     }
 
-    fn header(&mut self, input: &mut BytesMut, geometry: &Geometry) -> Result<Event, BadMagic> {
+    fn header<I>(&mut self, input: &mut I, geometry: &Geometry) -> Result<Event, BadMagic>
+    where
+        I: Buf + Deref<Target = [u8]>,
+    {
         let Some(bytes) = input.first_chunk::<REQUEST_LEN>() else {
             return Ok(Event::NeedInput);
         };
@@ -296,7 +318,7 @@ fn gather(left: ByteRange, piece_bytes_max: usize) -> State {
     let max = piece_bytes_max as u64;
     let len = if left.len() <= max { left.len() } else { max - left.start() % max };
     let piece_len = crate::geometry::len_of(len);
-    State::Payload { piece: BytesMut::with_capacity(piece_len), piece_len, left, piece_bytes_max }
+    State::Payload { piece: Vec::with_capacity(piece_len), piece_len, left, piece_bytes_max }
 }
 
 fn durability(header: &RequestHeader) -> Durability {

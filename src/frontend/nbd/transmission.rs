@@ -1,51 +1,89 @@
-//! Requests and replies of one client: a task that reads, runs requests and writes replies.
+//! Requests and replies of one client: what reads, runs requests and writes replies.
 //!
 //! ```text
-//! poll_read ─▶ input ─▶ session ─▶ wanted ─▶ (bytes reserved) ─▶ launch ─┬ done at once ─▶ settle ─▶ outbox ─▶ poll_write
-//!                                                                        └ in_flight ────▶ settle      │
-//!                       next piece of a long read ◀──────────── its bytes were taken by the client ◀───┘
+//! receive ─▶ input ─▶ session ─┬ short, nothing to wait for ──────────────────────────────▶ outbox ─▶ send
+//!                              └ wanted ─▶ (bytes reserved) ─▶ launch ─┬ done at once ─▶ settle ─▶ outbox
+//!                                                                      └ in_flight ────▶ settle      │
+//!                     next piece of a long read ◀──────────── its bytes were taken by the client ◀───┘
 //! ```
 //! Owns: the order of all that, and the bounds on it. One owner, one loop: no lock and no channel.
-//! Does not own: what bytes mean ([`super::session`], [`super::reply`]) or what a request does ([`super::work`]).
+//! Does not own: what bytes mean ([`super::session`], [`super::reply`]), what a request does ([`super::work`]), the
+//! stream ([`super::transport`]), or who polls: a task (`connection`) or an `nbd-N` thread (`threads`).
 //!
-//! A request that the disk serves without waiting is run inline and its reply leaves with its neighbours'; only
-//! what has to wait becomes a future beside the others. Replies leave in the order in which requests finish.
+//! A request that the disk serves without waiting is run inline and its reply leaves with its neighbours': one receive
+//! takes many requests, one send many replies. Only what has to wait becomes a future beside the others. Replies leave
+//! in the order in which requests finish.
 
 use super::budget::{ConnectionBudget, Reservation};
 use super::connection::{ConnectionError, Shared};
 use super::handshake::{Negotiated, Replies};
 use super::reply::{Chunk, Outbox, Part};
 use super::session::{Event, Fragments, Refusal, Request, Rest, Session};
+use super::transport::{Room, Transport};
 use super::wire::{Cookie, REQUESTS_MAX};
-use super::work;
-use crate::block::{BlockError, BlockHandler, Durability, Extent, write_at};
+use super::work::{self, FileParts, Means, WaitPermits};
+use crate::block::{BlockError, BlockHandler, Durability, Extent, ReadPlan, write_at};
 use crate::frontend::Operation;
 use crate::geometry::{ByteRange, len_of};
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
+use std::ops::ControlFlow;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Sleep;
-use tokio_util::io::{poll_read_buf, poll_write_buf};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// Bytes that one read from the socket may take, beside payload that goes where it belongs directly.
-const INPUT_BYTES: usize = 64 * 1024;
-/// Payload that is missing this much is read directly; less is read together with what follows it.
-const DIRECT_BYTES_MIN: usize = 16 * 1024;
+/// Bytes that one receive may take, beside payload that goes where it belongs directly.
+const INPUT_BYTES: usize = 128 * 1024;
+/// Payload that is missing this much is received directly; less is received together with what follows it.
+const DIRECT_BYTES_MIN: usize = 32 * 1024;
 /// Replies that wait for the client; beyond them no request is taken.
-const OUTBOX_BYTES_MAX: usize = 512 * 1024;
+const OUTBOX_BYTES_MAX: usize = 128 * 1024;
+/// Reads and writes up to this length are done in the buffers of all connections, without bytes of their own.
+const SHORT_BYTES_MAX: u64 = 64 * 1024;
+/// What a buffer for replies begins with.
+const OUTPUT_BYTES: usize = OUTBOX_BYTES_MAX + 64 * 1024;
+
+/// Buffers that connections share, each while it is polled.
+#[derive(Default)]
+pub struct Scratch {
+    /// What has come, from `at` on not looked at yet.
+    input: Vec<u8>,
+    at: usize,
+    output: BytesMut,
+}
+
+impl Scratch {
+    fn unread(&self) -> &[u8] {
+        &self.input[self.at..]
+    }
+}
+
+/// Why a transmission is polled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cause {
+    /// Its waker was used, or it is the first time.
+    Woken,
+    /// The stream is ready; nothing else happened.
+    Stream,
+}
+
+/// What the stream has to be ready for, for a transmission to go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Interest {
+    pub receive: bool,
+    pub send: bool,
+}
 
 /// What is left when no more is read or written.
-pub struct Ended<S> {
-    pub io: S,
+pub struct Ended<T> {
+    pub transport: T,
     pub client: ClientEnd,
     /// Requests that run on, their replies unheard.
     pub under_way: BoxFuture<'static, ()>,
@@ -59,9 +97,13 @@ pub enum ClientEnd {
 }
 
 /// One client after its handshake.
-pub struct Transmission<S> {
-    io: S,
-    input: BytesMut,
+pub struct Transmission<T> {
+    transport: T,
+    /// Input not looked at, while it is not polled.
+    rest: Vec<u8>,
+    /// Requests taken since the last receive.
+    batch: u32,
+    waits: Option<Arc<WaitPermits>>,
     session: Session,
     replies: Replies,
     handler: Arc<dyn BlockHandler>,
@@ -113,8 +155,22 @@ enum Stream {
 }
 
 enum Wanted {
-    Request { cookie: Cookie, request: Request },
-    Write { cookie: Cookie, range: ByteRange, durability: Durability },
+    Request {
+        cookie: Cookie,
+        request: Request,
+    },
+    /// A read, with its plan unless that has become old.
+    Read {
+        cookie: Cookie,
+        range: ByteRange,
+        fragments: Fragments,
+        plan: Option<Result<ReadPlan, BlockError>>,
+    },
+    Write {
+        cookie: Cookie,
+        range: ByteRange,
+        durability: Durability,
+    },
 }
 
 struct Write {
@@ -167,19 +223,23 @@ enum Done {
     },
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
-    /// Goes on from what was agreed; `input` holds what came after the handshake.
+impl<T: Transport> Transmission<T> {
+    /// Goes on from what was agreed; `input` holds what came after the handshake. With `waits`, whoever polls may wait
+    /// for the local disk.
     pub fn new(
-        io: S,
-        input: BytesMut,
+        transport: T,
+        input: Vec<u8>,
         negotiated: Negotiated,
-        handler: Arc<dyn BlockHandler>,
-        closed: CancellationToken,
+        export: (Arc<dyn BlockHandler>, CancellationToken),
         shared: &Shared,
+        waits: Option<Arc<WaitPermits>>,
     ) -> Self {
+        let (handler, closed) = export;
         Self {
-            io,
-            input,
+            transport,
+            rest: input,
+            batch: 0,
+            waits,
             session: Session::new(negotiated),
             replies: negotiated.replies,
             handler,
@@ -203,37 +263,93 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
     }
 
     /// What outlives the stream.
-    pub fn end(self) -> Ended<S> {
+    pub fn end(self) -> Ended<T> {
         let client = match self.incoming {
             Incoming::Eof | Incoming::EofUnread => ClientEnd::Closed,
             Incoming::Open | Incoming::Goodbye => ClientEnd::MaySend,
         };
         let mut in_flight = self.in_flight;
         let under_way = Box::pin(async move { while in_flight.next().await.is_some() {} });
-        Ended { io: self.io, client, under_way }
+        Ended { transport: self.transport, client, under_way }
     }
 
-    /// Goes on as far as it can; `Ready` once all is said.
+    /// Takes the buffers, before it is polled.
+    pub fn resume(&mut self, scratch: &mut Scratch) {
+        scratch.input.clear();
+        scratch.at = 0;
+        if !self.rest.is_empty() {
+            scratch.input.append(&mut self.rest);
+            self.rest = Vec::new();
+        }
+        if scratch.output.capacity() < OUTPUT_BYTES {
+            scratch.output.reserve(OUTPUT_BYTES);
+        }
+        self.outbox.lend(&mut scratch.output);
+    }
+
+    /// Gives the buffers back, and keeps for itself what is in them.
+    pub fn suspend(&mut self, scratch: &mut Scratch) {
+        self.rest.extend_from_slice(scratch.unread());
+        self.outbox.give_back(&mut scratch.output);
+    }
+
+    /// Goes on as far as it can; `Ready` once all is said. Between [`Transmission::resume`] and
+    /// [`Transmission::suspend`].
     ///
     /// # Errors
     /// The stream cannot go on; what is under way runs on in [`Ended::under_way`].
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+    pub fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        cause: Cause,
+    ) -> Poll<Result<(), ConnectionError>> {
+        if cause == Cause::Woken {
+            self.poll_stop(cx)?;
+        }
         loop {
-            let mut progress = self.poll_stop(cx)?;
-            progress |= self.poll_in_flight(cx);
-            progress |= self.take_input(cx)?;
+            let mut progress = self.poll_in_flight(cx);
+            progress |= self.take_input(cx, scratch)?;
             if let Some(error) = self.failed.take() {
                 return Poll::Ready(Err(error));
             }
-            progress |= self.poll_write(cx)?;
+            progress |= self.poll_send(cx)?;
             if self.is_over() {
                 return Poll::Ready(Ok(()));
             }
-            progress |= self.poll_read(cx)?;
+            progress |= self.poll_receive(cx, scratch)?;
             if !progress {
                 return Poll::Pending;
             }
         }
+    }
+
+    /// What it waits for, when pending.
+    pub fn interest(&self) -> Interest {
+        Interest {
+            receive: self.needs_input && self.incoming == Incoming::Open,
+            send: self.outbox.has_remaining(),
+        }
+    }
+
+    /// Whether the client was just answered its only request, and waits for nothing. Once for each.
+    pub fn take_answered(&mut self) -> bool {
+        let is_answered =
+            self.batch == 1 && self.active == 0 && !self.outbox.has_remaining() && self.session.at_boundary();
+        if is_answered {
+            self.batch = 0;
+        }
+        is_answered
+    }
+
+    /// The stream.
+    pub fn transport(&self) -> &T {
+        &self.transport
+    }
+
+    fn means(&self) -> Means<'_> {
+        let files = if self.transport.takes_files() { FileParts::Taken } else { FileParts::Copied };
+        Means { files, waits: self.waits.as_deref() }
     }
 
     fn is_over(&self) -> bool {
@@ -244,17 +360,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
         no_more && self.active == 0 && !self.outbox.has_remaining() && !self.unflushed
     }
 
-    fn poll_stop(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
-        let mut progress = false;
+    fn poll_stop(&mut self, cx: &mut Context<'_>) -> Result<(), ConnectionError> {
         for stop in &mut self.stop {
             if stop.as_mut().is_some_and(|stop| stop.as_mut().poll(cx).is_ready()) {
                 *stop = None;
-                progress = true;
                 self.stopping.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.close_timeout)));
             }
         }
         let late = self.stopping.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready());
-        if late { Err(ConnectionError::CloseTimeout) } else { Ok(progress) }
+        if late { Err(ConnectionError::CloseTimeout) } else { Ok(()) }
     }
 
     fn poll_in_flight(&mut self, cx: &mut Context<'_>) -> bool {
@@ -280,7 +394,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
                 && self.outbox.remaining() < OUTBOX_BYTES_MAX)
     }
 
-    fn take_input(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
+    fn take_input(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Result<bool, ConnectionError> {
         let mut progress = false;
         self.needs_input = false;
         loop {
@@ -288,7 +402,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
                 match self.budget.poll_reserve(wanted.bytes(), cx) {
                     Poll::Ready(reservation) => self.begin(wanted, reservation),
                     Poll::Pending => {
-                        self.wanted = Some(wanted);
+                        self.wanted = Some(wanted.without_plan());
                         return Ok(progress);
                     }
                 }
@@ -297,7 +411,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             if !self.may_take() || self.failed.is_some() {
                 return Ok(progress);
             }
-            match self.session.next(&mut self.input, &self.handler.geometry())? {
+            let mut input = scratch.unread();
+            let before = input.len();
+            let event = self.session.next(&mut input, &self.handler.geometry())?;
+            let used = before - input.len();
+            scratch.at += used;
+            match event {
                 Event::NeedInput => {
                     if self.incoming == Incoming::EofUnread {
                         self.incoming = Incoming::Eof;
@@ -309,13 +428,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
                     self.needs_input = true;
                     return Ok(progress);
                 }
-                Event::Request { cookie, request } => {
-                    self.active += 1;
-                    self.wanted = Some(Wanted::Request { cookie, request });
-                }
+                Event::Request { cookie, request } => self.take_request(cookie, request),
                 Event::WriteBegins { cookie, range, durability } => {
                     self.active += 1;
-                    self.wanted = Some(Wanted::Write { cookie, range, durability });
+                    self.batch += 1;
+                    let payload = self.session.whole_payload(scratch.unread());
+                    let written = payload.filter(|payload| payload.len() as u64 <= SHORT_BYTES_MAX).and_then(
+                        |payload| {
+                            let waits = self.means().waits;
+                            let result = work::write_now(&*self.handler, range.start(), payload, waits)?;
+                            Some((payload.len(), result))
+                        },
+                    );
+                    match written {
+                        Some((len, result)) => {
+                            scratch.at += len;
+                            self.session.payload_was_used();
+                            self.finish_write(cookie, durability, Reservation::none(), result);
+                        }
+                        None => self.wanted = Some(Wanted::Write { cookie, range, durability }),
+                    }
                 }
                 Event::WritePiece { offset_bytes, data, rest } => self.write_piece(offset_bytes, data, rest),
                 Event::Refused { cookie, refusal } => {
@@ -331,11 +463,61 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
         }
     }
 
+    fn take_request(&mut self, cookie: Cookie, request: Request) {
+        self.active += 1;
+        self.batch += 1;
+        let Request::Read { range, fragments } = request else {
+            self.wanted = Some(Wanted::Request { cookie, request });
+            return;
+        };
+        let is_short = !range.is_empty() && range.len() <= SHORT_BYTES_MAX;
+        let mut plan = None;
+        if is_short && self.stream == Stream::Free {
+            match self.read_now(cookie, range) {
+                ControlFlow::Break(()) => {
+                    self.active -= 1;
+                    return;
+                }
+                ControlFlow::Continue(planned) => plan = Some(planned),
+            }
+        }
+        self.wanted = Some(Wanted::Read { cookie, range, fragments, plan });
+    }
+
+    /// Answers a short read in the outbox itself. If its disk has to be waited for, goes on with what was planned.
+    fn read_now(
+        &mut self,
+        cookie: Cookie,
+        range: ByteRange,
+    ) -> ControlFlow<(), Result<ReadPlan, BlockError>> {
+        let plan = match work::plan(&*self.handler, range) {
+            Ok(plan) => plan,
+            Err(error) => return ControlFlow::Continue(Err(error)),
+        };
+        let replies = self.replies;
+        if work::is_zeros(&plan) && replies == Replies::Structured {
+            let zeros = vec![Part::Zeros { len_bytes: range.len() }];
+            self.outbox.put_parts(cookie, range.start(), zeros, Chunk::Last);
+            return ControlFlow::Break(());
+        }
+        let head = |outbox: &mut Outbox| match replies {
+            Replies::Simple => outbox.put_simple(cookie, 0),
+            Replies::Structured => outbox.put_data_header(cookie, range, Chunk::Last),
+        };
+        let filled = self.outbox.put_filled(len_of(range.len()), head, |out| work::fill(&plan, out));
+        if filled { ControlFlow::Break(()) } else { ControlFlow::Continue(Ok(plan)) }
+    }
+
     fn begin(&mut self, wanted: Wanted, reservation: Reservation) {
         let (cookie, request) = match wanted {
             Wanted::Write { cookie, durability, .. } => {
                 self.session.receive(reservation.bytes());
                 self.write = Some(Write { cookie, durability, reservation, piece: WritePiece::Payload });
+                return;
+            }
+            Wanted::Read { cookie, range, fragments, plan } => {
+                let read = Read { cookie, range, at_bytes: range.start(), fragments, reservation };
+                self.read_piece(read, plan);
                 return;
             }
             Wanted::Request { cookie, request } => (cookie, request),
@@ -347,7 +529,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
         };
         match request {
             Request::Read { range, fragments } => {
-                self.read_piece(Read { cookie, range, at_bytes: range.start(), fragments, reservation });
+                let read = Read { cookie, range, at_bytes: range.start(), fragments, reservation };
+                self.read_piece(read, None);
             }
             Request::Flush => self.launch(Box::pin(async move {
                 let result = handler.flush().await;
@@ -372,7 +555,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
         }
     }
 
-    fn read_piece(&mut self, read: Read) {
+    /// The next piece of a read; `plan` is of all of it.
+    fn read_piece(&mut self, read: Read, plan: Option<Result<ReadPlan, BlockError>>) {
         let left = read.range.end() - read.at_bytes;
         let max = read.reservation.bytes() as u64;
         let len = if left <= max { left } else { max - read.at_bytes % max };
@@ -381,15 +565,37 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             self.settle(Done::Read { read, piece, result: Ok(Vec::new()) });
             return;
         }
+        let planned = match plan {
+            Some(plan) if piece == read.range => plan,
+            Some(_) | None => work::plan(&*self.handler, piece),
+        };
+        let plan = match planned {
+            Ok(plan) => plan,
+            Err(error) => return self.settle(Done::Read { read, piece, result: Err(error) }),
+        };
         let handler = Arc::clone(&self.handler);
+        let files = self.means().files;
         self.launch(Box::pin(async move {
-            let result = work::read(&*handler, piece).await;
+            let result = work::read(&*handler, plan, files).await;
             Done::Read { read, piece, result }
         }));
     }
 
     fn write_piece(&mut self, offset_bytes: u64, data: Bytes, rest: Rest) {
         let Some(mut write) = self.write.take() else { return };
+        let written = work::write_now(&*self.handler, offset_bytes, &data, self.means().waits);
+        if let Some(result) = written {
+            match (result, rest) {
+                (result, Rest::None) => {
+                    self.finish_write(write.cookie, write.durability, write.reservation, result);
+                }
+                (result, Rest::Follows) => {
+                    self.write = Some(write);
+                    self.piece_written(result.map_err(|error| Refusal::of(&error, Operation::Write)));
+                }
+            }
+            return;
+        }
         let handler = Arc::clone(&self.handler);
         let run = move |durability| async move {
             let result = write_at(&*handler, offset_bytes, data, durability).await;
@@ -411,6 +617,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
                 self.launch(Box::pin(async move { Done::Piece(run(Durability::Acknowledged).await) }));
             }
         }
+    }
+
+    /// The last bytes of a write are where they belong, or will never be.
+    fn finish_write(
+        &mut self,
+        cookie: Cookie,
+        durability: Durability,
+        reservation: Reservation,
+        result: Result<(), BlockError>,
+    ) {
+        drop(reservation);
+        let result = result.map_err(|error| Refusal::of(&error, Operation::Write));
+        if result.is_err() || durability == Durability::Acknowledged {
+            return self.settle(Done::Plain { cookie, result });
+        }
+        let handler = Arc::clone(&self.handler);
+        self.launch(Box::pin(async move {
+            let result = handler.flush().await;
+            Done::Plain { cookie, result: result.map_err(|error| Refusal::of(&error, Operation::Write)) }
+        }));
     }
 
     /// Runs a request inline if it need not wait. One that waits is polled again at once, with a real waker.
@@ -530,54 +756,54 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
         self.held.push_back((self.outbox.queued_bytes(), held));
     }
 
-    fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let mut progress = false;
         while self.outbox.has_remaining() {
-            match poll_write_buf(Pin::new(&mut self.io), cx, &mut self.outbox)? {
+            match self.transport.poll_send(cx, &mut self.outbox)? {
                 Poll::Ready(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
                 Poll::Ready(_) => progress = true,
                 Poll::Pending => break,
             }
         }
         self.unflushed |= progress;
-        if self.unflushed && Pin::new(&mut self.io).poll_flush(cx)?.is_ready() {
+        if self.unflushed && self.transport.poll_flush(cx)?.is_ready() {
             self.unflushed = false;
         }
         let taken_bytes = self.outbox.taken_bytes();
         while let Some((_, held)) = self.held.pop_front_if(|(at_bytes, _)| *at_bytes <= taken_bytes) {
             match held {
                 Held::Bytes(reservation) => drop(reservation),
-                Held::Read(read) => self.read_piece(read),
+                Held::Read(read) => self.read_piece(read, None),
             }
             progress = true;
         }
         Ok(progress)
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
+    /// Receives once, if input is wanted.
+    pub fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<bool, ConnectionError> {
         if !self.needs_input || self.incoming != Incoming::Open {
             return Ok(false);
         }
-        let io = Pin::new(&mut self.io);
-        let read = match self.session.payload_space() {
+        let received = match self.session.payload_space() {
             Some((payload, missing)) if missing >= DIRECT_BYTES_MIN => {
-                poll_read_buf(io, cx, &mut payload.limit(missing))?
+                self.transport.poll_receive(cx, payload, Room::AtMost(missing))?
             }
             Some(_) | None => {
-                self.input.reserve(INPUT_BYTES);
-                poll_read_buf(io, cx, &mut self.input)?
+                scratch.input.drain(..scratch.at);
+                scratch.at = 0;
+                scratch.input.reserve_exact(INPUT_BYTES);
+                self.transport.poll_receive(cx, &mut scratch.input, Room::Spare)?
             }
         };
-        match read {
+        match received {
             Poll::Ready(0) => self.incoming = Incoming::EofUnread,
-            Poll::Ready(_) => {}
-            Poll::Pending => {
-                if self.input.is_empty() {
-                    // What an idle connection holds.
-                    self.input = BytesMut::new();
-                }
-                return Ok(false);
-            }
+            Poll::Ready(_) => self.batch = 0,
+            Poll::Pending => return Ok(false),
         }
         Ok(true)
     }
@@ -594,10 +820,20 @@ impl Done {
 }
 
 impl Wanted {
+    /// A plan keeps files alive: not while a client is waited for.
+    fn without_plan(self) -> Self {
+        match self {
+            Self::Read { cookie, range, fragments, .. } => {
+                Self::Read { cookie, range, fragments, plan: None }
+            }
+            other => other,
+        }
+    }
+
     /// Bytes that it has in memory, if it is done in one piece.
     fn bytes(&self) -> usize {
         match self {
-            Self::Write { range, .. } => len_of(range.len()),
+            Self::Write { range, .. } | Self::Read { range, .. } => len_of(range.len()),
             Self::Request { request, .. } => match request {
                 Request::Read { range, .. } | Request::Cache { range } => len_of(range.len()),
                 Request::BlockStatus { extents_max, .. } => *extents_max * size_of::<Extent>(),

@@ -5,18 +5,56 @@
 //! Does not own: memory bounds or replies (the transmission).
 
 use super::budget::PIECE_BYTES_MAX;
-use super::reply::Part;
-use crate::block::{BlockError, BlockHandler, Durability, Extent, Piece, Source, zero_at};
-use crate::geometry::{ByteRange, len_of};
+use super::reply::{FileSpan, Part};
+use crate::block::{BlockError, BlockHandler, Durability, Extent, Pages, Piece, ReadPlan, Source, zero_at};
+use crate::geometry::{ByteRange, SECTOR_BYTES, len_of};
 use bytes::{Bytes, BytesMut};
 use futures::stream::{self, StreamExt, TryStreamExt};
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Missing pieces of one read that are fetched at a time.
 const LOADS_MAX: usize = 16;
+/// A stretch of a file from this length on is sent from it: below, a copy costs less than a call of its own.
+const FILE_PART_BYTES_MIN: u64 = 64 * 1024;
 
-/// The bytes of `range`, in order, covering it once.
-pub async fn read(handler: &dyn BlockHandler, range: ByteRange) -> Result<Vec<Part>, BlockError> {
+/// Who runs a request, and so what it may do itself.
+#[derive(Clone, Copy)]
+pub struct Means<'a> {
+    /// Whether replies may hold stretches of files.
+    pub files: FileParts,
+    /// Leave to wait for the local disk on this thread, where there is any.
+    pub waits: Option<&'a WaitPermits>,
+}
+
+/// Whether a reply may hold stretches of files.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FileParts {
+    Taken,
+    Copied,
+}
+
+/// How many threads may wait for the local disk themselves at one time; the others go on serving.
+#[derive(Debug)]
+pub struct WaitPermits(AtomicUsize);
+
+impl WaitPermits {
+    pub fn new(count: usize) -> Self {
+        Self(AtomicUsize::new(count))
+    }
+
+    /// Runs `wait` if one is free.
+    fn with<T>(&self, wait: impl FnOnce() -> T) -> Option<T> {
+        let take = |free: usize| free.checked_sub(1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        let result = wait();
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Some(result)
+    }
+}
+
+/// What `handler` plans for `range`, if that covers it once, in order.
+pub fn plan(handler: &dyn BlockHandler, range: ByteRange) -> Result<ReadPlan, BlockError> {
     let plan = handler.plan_read(range)?;
     let mut at_bytes = range.start();
     for piece in &plan {
@@ -25,18 +63,58 @@ pub async fn read(handler: &dyn BlockHandler, range: ByteRange) -> Result<Vec<Pa
         }
         at_bytes = piece.range.end();
     }
-    if at_bytes != range.end() {
-        return Err(mismatch());
-    }
-    stream::iter(plan.into_iter().map(|piece| fetch(handler, piece))).buffered(LOADS_MAX).try_collect().await
+    if at_bytes == range.end() { Ok(plan) } else { Err(mismatch()) }
 }
 
-async fn fetch(handler: &dyn BlockHandler, piece: Piece) -> Result<Part, BlockError> {
+/// Whether a plan finds nothing but zeros.
+pub fn is_zeros(plan: &ReadPlan) -> bool {
+    plan.iter().all(|piece| matches!(piece.source, Source::Zeros))
+}
+
+/// Puts what was planned into `out`, which is zero, if no disk has to be waited for. Else `out` is anything.
+pub fn fill(plan: &ReadPlan, mut out: &mut [u8]) -> bool {
+    for piece in plan {
+        let (this, rest) = out.split_at_mut(len_of(piece.range.len()));
+        match &piece.source {
+            Source::Zeros => {}
+            Source::File { file, offset_bytes, .. } => match file.try_read_at(this, *offset_bytes) {
+                Ok(got) if got == this.len() => {}
+                Ok(_) | Err(_) => return false,
+            },
+            Source::Missing { .. } => return false,
+        }
+        out = rest;
+    }
+    true
+}
+
+/// The bytes of a plan, in order.
+pub async fn read(
+    handler: &dyn BlockHandler,
+    plan: ReadPlan,
+    files: FileParts,
+) -> Result<Vec<Part>, BlockError> {
+    stream::iter(plan.into_iter().map(|piece| fetch(handler, piece, files)))
+        .buffered(LOADS_MAX)
+        .try_collect()
+        .await
+}
+
+async fn fetch(handler: &dyn BlockHandler, piece: Piece, files: FileParts) -> Result<Part, BlockError> {
     let data = match piece.source {
         Source::Zeros => return Ok(Part::Zeros { len_bytes: piece.range.len() }),
         Source::Missing { token } => handler.load(piece.range, &token).await?,
-        Source::File { file, offset_bytes, keep } => {
-            let mut data = BytesMut::zeroed(len_of(piece.range.len()));
+        Source::File { file, offset_bytes, keep, pages } => {
+            let len_bytes = piece.range.len();
+            let is_handed_out = files == FileParts::Taken
+                && pages == Pages::Lasting
+                && len_bytes >= FILE_PART_BYTES_MIN
+                && file.as_fd().is_some()
+                && file.is_resident(offset_bytes, len_bytes);
+            if is_handed_out {
+                return Ok(Part::File(FileSpan { file, offset_bytes, len_bytes, keep }));
+            }
+            let mut data = BytesMut::zeroed(len_of(len_bytes));
             let got = match file.try_read_at(&mut data, offset_bytes) {
                 Ok(got) => got.min(data.len()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
@@ -57,6 +135,35 @@ async fn fetch(handler: &dyn BlockHandler, piece: Piece) -> Result<Part, BlockEr
         }
     };
     if data.len() as u64 == piece.range.len() { Ok(Part::Data(data)) } else { Err(mismatch()) }
+}
+
+/// Writes `data` on this thread, if there is leave to wait for the disk and nothing else to wait for.
+pub fn write_now(
+    handler: &dyn BlockHandler,
+    offset_bytes: u64,
+    data: &[u8],
+    waits: Option<&WaitPermits>,
+) -> Option<Result<(), BlockError>> {
+    let range = ByteRange::checked(offset_bytes, data.len() as u64)?;
+    if range.is_empty() || !range.is_aligned(SECTOR_BYTES) {
+        return None;
+    }
+    waits?.with(|| {
+        let grant = match handler.begin_write(range) {
+            Ok(grant) => grant?,
+            Err(error) => return Some(Err(error)),
+        };
+        let (file, offset_bytes) = grant.target();
+        match file.write_here(data, offset_bytes) {
+            Ok(()) => Some(grant.finish()),
+            // Nothing was written: the same again the other way.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(error) => {
+                grant.abort();
+                Some(Err(BlockError::from_disk(&error)))
+            }
+        }
+    })?
 }
 
 /// Makes whole sectors read as zeros.

@@ -278,8 +278,8 @@ impl DiskFile for BadDisk {
     fn inode(&self) -> u64 {
         self.file.inode()
     }
-    fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
-        self.file.raw_fd()
+    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        self.file.as_fd()
     }
 }
 

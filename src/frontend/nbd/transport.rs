@@ -1,0 +1,184 @@
+//! How bytes get from and to a client.
+//!
+//! Owns: [`Transport`], what a transmission needs of a stream, over any stream of tokio's (TLS among them) and over a
+//! plain socket, which can be handed pages of a file.
+//! Does not own: what the bytes say ([`super::session`]) or who polls (`connection`, `threads`).
+
+use super::reply::{FileSpan, Outbox};
+use crate::geometry::len_of;
+use bytes::{Buf, BufMut};
+use rustix::buffer::spare_capacity;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use std::io;
+use std::io::IoSlice;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::io::{poll_read_buf, poll_write_buf};
+
+/// Slices of one send.
+const SLICES_MAX: usize = 64;
+
+/// A stream to a client. `Pending` promises that the task is woken when it is worth trying again.
+pub trait Transport: Send + Unpin {
+    /// Whether it sends stretches of files ([`super::reply::Part::File`]).
+    fn takes_files(&self) -> bool;
+
+    /// Appends what has come to `into`, as far as `room` says. 0: the client sends no more.
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        into: &mut Vec<u8>,
+        room: Room,
+    ) -> Poll<io::Result<usize>>;
+
+    /// Sends from the front of `outbox` and takes from it what was sent. 0: the stream takes no more, for ever.
+    fn poll_send(&mut self, cx: &mut Context<'_>, outbox: &mut Outbox) -> Poll<io::Result<usize>>;
+
+    /// Passes on what is held back.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+}
+
+/// How much may be received.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Room {
+    /// That many bytes.
+    AtMost(usize),
+    /// What the buffer has spare.
+    Spare,
+}
+
+/// A stream that tokio polls.
+pub struct Streamed<S>(pub S);
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Transport for Streamed<S> {
+    fn takes_files(&self) -> bool {
+        false
+    }
+
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        into: &mut Vec<u8>,
+        room: Room,
+    ) -> Poll<io::Result<usize>> {
+        let max_bytes = match room {
+            Room::AtMost(bytes) => bytes,
+            Room::Spare => into.capacity() - into.len(),
+        };
+        poll_read_buf(Pin::new(&mut self.0), cx, &mut into.limit(max_bytes))
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, outbox: &mut Outbox) -> Poll<io::Result<usize>> {
+        poll_write_buf(Pin::new(&mut self.0), cx, outbox)
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+}
+
+/// A connected socket that does not block, and whose owner is told by other means (epoll) when it is ready.
+pub struct PlainSocket(OwnedFd);
+
+impl PlainSocket {
+    /// `fd` is in non-blocking mode.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// The socket itself.
+    pub fn into_fd(self) -> OwnedFd {
+        self.0
+    }
+}
+
+impl AsFd for PlainSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Calls again when a signal interrupts, and turns "not now" into `Pending`.
+fn ready(mut call: impl FnMut() -> Result<usize, Errno>) -> Poll<io::Result<usize>> {
+    loop {
+        match call() {
+            Ok(count) => return Poll::Ready(Ok(count)),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Poll::Pending,
+            Err(error) => return Poll::Ready(Err(error.into())),
+        }
+    }
+}
+
+impl Transport for PlainSocket {
+    fn takes_files(&self) -> bool {
+        true
+    }
+
+    fn poll_receive(
+        &mut self,
+        _: &mut Context<'_>,
+        into: &mut Vec<u8>,
+        room: Room,
+    ) -> Poll<io::Result<usize>> {
+        match room {
+            // An allocation can be larger than was asked for.
+            Room::AtMost(bytes) if into.capacity() - into.len() != bytes => {
+                let mut buffer = vec![0; bytes];
+                let received =
+                    ready(|| Ok(rustix::net::recv(&self.0, &mut buffer[..], RecvFlags::DONTWAIT)?.0));
+                if let Poll::Ready(Ok(count)) = received {
+                    into.extend_from_slice(&buffer[..count]);
+                }
+                received
+            }
+            Room::AtMost(_) | Room::Spare => {
+                ready(|| Ok(rustix::net::recv(&self.0, spare_capacity(into), RecvFlags::DONTWAIT)?.0))
+            }
+        }
+    }
+
+    fn poll_send(&mut self, _: &mut Context<'_>, outbox: &mut Outbox) -> Poll<io::Result<usize>> {
+        let sent = match outbox.front_file() {
+            Some(span) => self.send_file(span),
+            None => self.send_bytes(outbox),
+        };
+        if let Poll::Ready(Ok(count)) = sent {
+            outbox.advance(count);
+        }
+        sent
+    }
+
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl PlainSocket {
+    fn send_bytes(&self, outbox: &Outbox) -> Poll<io::Result<usize>> {
+        let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+        let count = outbox.chunks_vectored(&mut slices);
+        let mut flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        if outbox.has_file() {
+            // Not a packet of its own for a header.
+            flags |= SendFlags::MORE;
+        }
+        match &slices[..count] {
+            [only] => ready(|| rustix::net::send(&self.0, only, flags)),
+            many => ready(|| rustix::net::sendmsg(&self.0, many, &mut SendAncillaryBuffer::default(), flags)),
+        }
+    }
+
+    fn send_file(&self, span: &FileSpan) -> Poll<io::Result<usize>> {
+        let Some(file) = span.file.as_fd() else {
+            return Poll::Ready(Err(io::Error::other("a file without a descriptor")));
+        };
+        ready(|| {
+            let mut offset_bytes = span.offset_bytes;
+            rustix::fs::sendfile(&self.0, file, Some(&mut offset_bytes), len_of(span.len_bytes))
+        })
+    }
+}
