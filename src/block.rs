@@ -48,25 +48,23 @@ impl BlockError {
 }
 
 /// Keeps whatever a piece points into alive until it is dropped.
-pub type Keep = Arc<dyn Any + Send + Sync>;
+pub type Keep = Arc<dyn Hold>;
+
+/// What stands behind a [`Keep`].
+pub trait Hold: Send + Sync + 'static {
+    /// Asks whether pages of the file may be handed to somebody who looks at them after this is gone, as a socket
+    /// does. If so, the same pages are never filled with anything but this stretch of this disk.
+    fn hand_out(&self) -> bool;
+}
 
 /// Where the bytes of one piece of a read are.
 pub enum Source {
     /// In a local file, from `offset_bytes` on, for as long as `keep` lives.
-    File { file: Arc<dyn DiskFile>, offset_bytes: u64, keep: Keep, pages: Pages },
+    File { file: Arc<dyn DiskFile>, offset_bytes: u64, keep: Keep },
     /// Zeros.
     Zeros,
     /// Not on this node: [`BlockHandler::load`] brings it. `token` means something to that handler only.
     Missing { token: MissingToken },
-}
-
-/// Whether pages of a file may be handed to somebody who looks at them after `keep` is gone.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Pages {
-    /// They never hold anything but this stretch of this disk.
-    Lasting,
-    /// They may be filled with something else: copy.
-    Refilled,
 }
 
 /// What a handler needs to find a missing piece again.
@@ -207,7 +205,7 @@ pub async fn read_at(
         match piece.source {
             Source::Zeros => out.resize(out.len() + len, 0),
             Source::Missing { token } => out.extend_from_slice(&handler.load(piece.range, &token).await?),
-            Source::File { file, offset_bytes, keep, .. } => {
+            Source::File { file, offset_bytes, keep } => {
                 let start = out.len();
                 out.resize(start + len, 0);
                 let got = match file.try_read_at(&mut out[start..], offset_bytes) {

@@ -617,6 +617,18 @@ impl DiskFile for RealFile {
         })
     }
 
+    fn punch(&self, offset_bytes: u64, len_bytes: u64) -> BoxFuture<'static, io::Result<()>> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.run(move |file| {
+            loop {
+                match rustix::fs::fallocate(file, flags, offset_bytes, len_bytes) {
+                    Err(Errno::INTR) => {}
+                    result => return Ok(result?),
+                }
+            }
+        })
+    }
+
     fn data_stretches(&self, from_bytes: u64, max: usize) -> BoxFuture<'static, io::Result<Vec<(u64, u64)>>> {
         self.run(move |file| data_stretches(file, from_bytes, max))
     }

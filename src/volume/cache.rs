@@ -15,6 +15,7 @@ mod files;
 
 use super::eviction::{Fate, S3Fifo};
 use super::ids::ContentHash;
+use crate::block::Hold;
 use crate::disk::{Disk, DiskFile};
 use crate::geometry::{BLOCK_BYTES, BLOCK_LEN};
 use crate::offload::Offload;
@@ -27,7 +28,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// Inserts that hold a block in memory: 32 MiB. Beyond it a block is not kept.
@@ -75,6 +76,9 @@ pub struct CleanCache {
     index: Arc<dyn DiskFile>,
     /// How many hold each slot. Only counted up from zero under `state`, so a slot that is free there stays free.
     pins: Box<[AtomicU32]>,
+    /// Slots whose pages a socket may hold: before other content is put there, they are taken out of the file.
+    handed_out: Box<[AtomicBool]>,
+    can_punch: bool,
     state: Mutex<State>,
     inserts: Arc<Semaphore>,
     writes: Semaphore,
@@ -156,6 +160,15 @@ impl Pinned {
     }
 }
 
+impl Hold for Pinned {
+    fn hand_out(&self) -> bool {
+        if self.cache.can_punch {
+            self.cache.handed_out[self.slot as usize].store(true, Ordering::Relaxed);
+        }
+        self.cache.can_punch
+    }
+}
+
 impl Clone for Pinned {
     fn clone(&self) -> Self {
         self.cache.pins[self.slot as usize].fetch_add(1, Ordering::Relaxed);
@@ -194,6 +207,8 @@ impl CleanCache {
     pub async fn open(disk: Arc<dyn Disk>, offload: Offload, config: CacheConfig) -> io::Result<Arc<Self>> {
         let opened = files::open(&*disk, config).await?;
         let slots = u32::try_from(opened.entries.len()).map_err(io::Error::other)?;
+        // What an earlier process handed out, a client may not have read yet.
+        let handed_out = opened.entries.iter().map(|hash| AtomicBool::new(*hash != NO_HASH)).collect();
         let mut state = State {
             slots: vec![EMPTY; slots as usize],
             by_hash: HashMap::new(),
@@ -227,6 +242,8 @@ impl CleanCache {
             blocks: opened.blocks,
             index: opened.index,
             pins: (0..slots).map(|_| AtomicU32::new(0)).collect(),
+            handed_out,
+            can_punch: opened.can_punch,
             state: Mutex::new(state),
             inserts: Arc::new(Semaphore::new(INSERTS_MAX)),
             writes: Semaphore::new(WRITES_MAX),
@@ -400,6 +417,16 @@ impl CleanCache {
         result
     }
 
+    /// Takes pages of a slot that nobody has pinned out of the file, if any were handed out.
+    async fn take_back(&self, slot: u32) -> io::Result<()> {
+        let handed_out = &self.handed_out[slot as usize];
+        if handed_out.load(Ordering::Relaxed) && self.can_punch {
+            self.blocks.punch(slot_offset_bytes(slot), BLOCK_BYTES).await?;
+            handed_out.store(false, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     /// Whether the disk has room for more than it already gave.
     async fn has_space(&self) -> bool {
         self.disk.space().await.is_ok_and(|(free, all)| free >= all / FREE_SHARE)
@@ -466,6 +493,10 @@ impl Fill {
             let Ok(_write) = cache.writes.acquire().await else { return None };
             // Only a hint: a slot that holds something else is found out.
             let emptied = if is_indexed { cache.write_entry(slot, NO_HASH).await } else { Ok(()) };
+            if let Err(error) = cache.take_back(slot).await {
+                cache.state.lock().note_failure("take pages out of", &error);
+                return None;
+            }
             self.writing = true;
             let written = cache.blocks.write_at(block, pinned.offset_bytes()).await;
             self.writing = false;

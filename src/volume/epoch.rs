@@ -24,6 +24,7 @@
 //! Owns: both files of an epoch, the flush of one epoch, marks of running and failed syncs.
 //! Does not own: which epochs make up a volume, or what becomes of them.
 
+use crate::block::Hold;
 use crate::disk::{Create, Disk, DiskFile, DiskPath, Lock, SharedMap};
 use crate::geometry::{ByteRange, SECTOR_BYTES, VOLUME_BYTES_MAX, len_of};
 use crate::mutant::{self, Mutant};
@@ -675,4 +676,11 @@ fn halves(id: &[u8; 16]) -> [u64; 2] {
         u64::from_le_bytes(bytes)
     };
     [word(0), word(8)]
+}
+
+impl Hold for Epoch {
+    /// A position of an epoch's file is one of the volume, for as long as the file has pages.
+    fn hand_out(&self) -> bool {
+        true
+    }
 }

@@ -27,7 +27,7 @@ pub mod segment;
 pub mod source;
 
 use crate::block::{
-    BlockError, BlockHandler, Extent, ExtentKind, MissingToken, Pages, Piece, ReadPlan, Source, WriteGrant,
+    BlockError, BlockHandler, Extent, ExtentKind, MissingToken, Piece, ReadPlan, Source, WriteGrant,
 };
 use crate::disk::DiskFile;
 use crate::geometry::{Access, BLOCK_LEN, BlockIndex, ByteRange, Geometry, SECTOR_BYTES, len_of};
@@ -361,7 +361,6 @@ fn cached_or_missing(
             file: pinned.file(),
             offset_bytes: pinned.offset_bytes() + piece.start() % crate::geometry::BLOCK_BYTES,
             keep: Arc::new(pinned),
-            pages: Pages::Refilled,
         },
     }
 }
@@ -521,7 +520,6 @@ impl BlockHandler for VolumeHandler {
                         file: epoch.file().clone(),
                         offset_bytes: epoch.position(stretch.start()),
                         keep: epoch.clone(),
-                        pages: Pages::Lasting,
                     };
                     plan.push(Piece { range: stretch, source });
                 }

@@ -2,7 +2,7 @@
 //! be loaded; inline or later.
 
 use blockhouse::block::{
-    BlockError, BlockHandler, Extent, ExtentKind, MissingToken, Piece, ReadPlan, Source, WriteGrant,
+    BlockError, BlockHandler, Extent, ExtentKind, Hold, MissingToken, Piece, ReadPlan, Source, WriteGrant,
 };
 use blockhouse::disk::DiskFile;
 use blockhouse::geometry::{Access, BLOCK_BYTES, ByteRange, Geometry, SECTOR_BYTES, len_of};
@@ -58,6 +58,15 @@ impl Memory {
 /// So that both the inline and the waiting way are taken.
 fn waits(offset_bytes: u64) -> bool {
     (offset_bytes / 4096) % 3 == 2
+}
+
+/// What keeps a piece of memory alive: nothing has to.
+struct Nothing;
+
+impl Hold for Nothing {
+    fn hand_out(&self) -> bool {
+        false
+    }
 }
 
 struct MemoryFile(Arc<Memory>);
@@ -274,8 +283,7 @@ impl BlockHandler for TestDisk {
                 Sector::Local => Source::File {
                     file: Arc::new(MemoryFile(self.memory.clone())),
                     offset_bytes: range.start(),
-                    keep: Arc::new(()),
-                    pages: blockhouse::block::Pages::Lasting,
+                    keep: Arc::new(Nothing),
                 },
             };
             Piece { range, source }

@@ -26,12 +26,41 @@ pub enum Event {
     Request { cookie: Cookie, request: Request },
     /// A write whose payload follows: say with [`Session::receive`] how much to gather at a time.
     WriteBegins { cookie: Cookie, range: ByteRange, durability: Durability },
-    /// The next piece of that payload. With `Rest::None` it is the last.
-    WritePiece { offset_bytes: u64, data: Bytes, rest: Rest },
+    /// The next piece of that payload. With `Rest::None` it is the last; else say again how much to gather.
+    WritePiece { offset_bytes: u64, data: Payload, rest: Rest },
     /// A request that is answered with an error and not run.
     Refused { cookie: Cookie, refusal: Refusal },
     /// The client says goodbye: finish what is under way.
     Disconnect,
+}
+
+/// What a client wrote, at the beginning of a buffer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Payload {
+    buffer: Vec<u8>,
+    len: usize,
+}
+
+impl Payload {
+    /// The buffer, to be used again.
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.buffer
+    }
+}
+
+impl Deref for Payload {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer[..self.len]
+    }
+}
+
+impl From<Payload> for Bytes {
+    fn from(mut payload: Payload) -> Self {
+        payload.buffer.truncate(payload.len);
+        Self::from(payload.buffer)
+    }
 }
 
 /// Whether more of a payload follows.
@@ -82,15 +111,16 @@ pub struct Session {
 #[derive(Debug)]
 enum State {
     Header,
-    /// A write was announced and its payload not yet asked for.
+    /// A write was announced, and the rest of its payload not yet asked for.
     Announced {
         left: ByteRange,
     },
     Payload {
-        piece: Vec<u8>,
+        /// At least as long as the piece, of which so much has come.
+        buffer: Vec<u8>,
+        filled: usize,
         piece_len: usize,
         left: ByteRange,
-        piece_bytes_max: usize,
     },
     Skip {
         left_bytes: u64,
@@ -115,21 +145,22 @@ impl Session {
     {
         match &mut self.state {
             State::Header => self.header(input, geometry),
-            State::Payload { piece, piece_len, left, piece_bytes_max } => {
-                let taken = input.len().min(*piece_len - piece.len());
-                piece.extend_from_slice(&input[..taken]);
+            State::Payload { buffer, filled, piece_len, left } => {
+                let taken = input.len().min(*piece_len - *filled);
+                buffer[*filled..*filled + taken].copy_from_slice(&input[..taken]);
                 input.advance(taken);
-                if piece.len() < *piece_len {
+                *filled += taken;
+                if *filled < *piece_len {
                     return Ok(Event::NeedInput);
                 }
-                let data = Bytes::from(std::mem::take(piece));
+                let data = Payload { buffer: std::mem::take(buffer), len: *piece_len };
                 let offset_bytes = left.start();
                 let end_bytes = offset_bytes + *piece_len as u64;
                 let left = ByteRange::new(end_bytes, left.end() - end_bytes);
                 let rest = if left.is_empty() { Rest::None } else { Rest::Follows };
                 self.state = match rest {
                     Rest::None => State::Header,
-                    Rest::Follows => gather(left, *piece_bytes_max),
+                    Rest::Follows => State::Announced { left },
                 };
                 Ok(Event::WritePiece { offset_bytes, data, rest })
             }
@@ -148,11 +179,22 @@ impl Session {
         }
     }
 
-    /// Gathers the payload of the announced write in pieces of at most `piece_bytes_max`, a power of two unless it
-    /// is all of the payload. Pieces end at multiples of it, so that only the first and last can be part of a block.
-    pub fn receive(&mut self, piece_bytes_max: usize) {
+    /// Whether [`Session::receive`] has to be called before anything more comes of the input.
+    pub fn is_announced(&self) -> bool {
+        matches!(self.state, State::Announced { .. })
+    }
+
+    /// Gathers the next piece of the announced write, of at most `piece_bytes_max`, a power of two unless it is all of
+    /// the payload, in `buffer`. Pieces end at multiples of it, so that only the first and last can be part of a block.
+    pub fn receive(&mut self, piece_bytes_max: usize, mut buffer: Vec<u8>) {
         if let State::Announced { left } = self.state {
-            self.state = gather(left, piece_bytes_max.max(1));
+            let max = piece_bytes_max.max(1) as u64;
+            let len = if left.len() <= max { left.len() } else { max - left.start() % max };
+            let piece_len = crate::geometry::len_of(len);
+            if buffer.len() < piece_len {
+                buffer.resize(piece_len, 0);
+            }
+            self.state = State::Payload { buffer, filled: 0, piece_len, left };
         }
     }
 
@@ -178,14 +220,18 @@ impl Session {
         }
     }
 
-    /// Where the next bytes from the client may go directly, and how many of them, once `next` has taken all input.
-    pub fn payload_space(&mut self) -> Option<(&mut Vec<u8>, usize)> {
+    /// Where the next bytes from the client may go directly, once `next` has taken all input.
+    pub fn payload_space(&mut self) -> Option<&mut [u8]> {
         match &mut self.state {
-            State::Payload { piece, piece_len, .. } => {
-                let missing = *piece_len - piece.len();
-                Some((piece, missing))
-            }
+            State::Payload { buffer, filled, piece_len, .. } => Some(&mut buffer[*filled..*piece_len]),
             State::Header | State::Announced { .. } | State::Skip { .. } | State::Ended => None,
+        }
+    }
+
+    /// So many bytes were put there.
+    pub fn payload_came(&mut self, bytes: usize) {
+        if let State::Payload { filled, piece_len, .. } = &mut self.state {
+            *filled = (*filled + bytes).min(*piece_len);
         }
     }
 
@@ -312,13 +358,6 @@ impl Refusal {
     fn invalid(message: &str) -> Self {
         Self::new(Errno::Inval, message)
     }
-}
-
-fn gather(left: ByteRange, piece_bytes_max: usize) -> State {
-    let max = piece_bytes_max as u64;
-    let len = if left.len() <= max { left.len() } else { max - left.start() % max };
-    let piece_len = crate::geometry::len_of(len);
-    State::Payload { piece: Vec::with_capacity(piece_len), piece_len, left, piece_bytes_max }
 }
 
 fn durability(header: &RequestHeader) -> Durability {

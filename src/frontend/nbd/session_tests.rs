@@ -3,6 +3,7 @@
 use super::*;
 use crate::frontend::nbd::wire::Errno::{Inval, NoSpc, NotSup, Overflow, Perm};
 use crate::geometry::Access;
+use bytes::BytesMut;
 use proptest::prelude::*;
 
 const SIZE: u64 = 1 << 30;
@@ -150,9 +151,10 @@ fn hear(pieces: &[&[u8]], piece_bytes_max: usize) -> Result<Vec<Event>, BadMagic
             match session.next(&mut input, &disk)? {
                 Event::NeedInput if piece.is_empty() => break,
                 Event::NeedInput => match session.payload_space() {
-                    Some((payload, missing)) => {
-                        let len = missing.min(piece.len());
-                        payload.extend_from_slice(&piece[..len]);
+                    Some(space) => {
+                        let len = space.len().min(piece.len());
+                        space[..len].copy_from_slice(&piece[..len]);
+                        session.payload_came(len);
                         piece.advance(len);
                     }
                     None => {
@@ -161,8 +163,8 @@ fn hear(pieces: &[&[u8]], piece_bytes_max: usize) -> Result<Vec<Event>, BadMagic
                     }
                 },
                 event => {
-                    if let Event::WriteBegins { range, .. } = &event {
-                        session.receive(piece_bytes_max.min(crate::geometry::len_of(range.len())));
+                    if session.is_announced() {
+                        session.receive(piece_bytes_max, Vec::new());
                     }
                     events.push(event);
                 }
@@ -216,7 +218,7 @@ fn a_write_that_failed_on_its_way_is_refused_once_its_payload_has_passed() {
     let disk = disk(Access::ReadWrite);
     let mut input = BytesMut::from(&[request(CMD_WRITE, 0, 0, 1000), vec![1; 600]].concat()[..]);
     assert!(matches!(session.next(&mut input, &disk), Ok(Event::WriteBegins { .. })));
-    session.receive(512);
+    session.receive(512, Vec::new());
     assert!(matches!(session.next(&mut input, &disk), Ok(Event::WritePiece { rest: Rest::Follows, .. })));
     let refusal = Refusal::new(Errno::NoSpc, "full");
     session.skip_payload(Cookie(9), refusal.clone());

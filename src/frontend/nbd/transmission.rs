@@ -18,9 +18,9 @@ use super::budget::{ConnectionBudget, Reservation};
 use super::connection::{ConnectionError, Shared};
 use super::handshake::{Negotiated, Replies};
 use super::reply::{Chunk, Outbox, Part};
-use super::session::{Event, Fragments, Refusal, Request, Rest, Session};
-use super::transport::{Room, Transport};
-use super::wire::{Cookie, REQUESTS_MAX};
+use super::session::{Event, Fragments, Payload, Refusal, Request, Rest, Session};
+use super::transport::Transport;
+use super::wire::{Cookie, REQUEST_LEN, REQUESTS_MAX};
 use super::work::{self, FileParts, Means, WaitPermits};
 use crate::block::{BlockError, BlockHandler, Durability, Extent, ReadPlan, write_at};
 use crate::frontend::Operation;
@@ -41,27 +41,50 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// Bytes that one receive may take, beside payload that goes where it belongs directly.
 const INPUT_BYTES: usize = 128 * 1024;
-/// Payload that is missing this much is received directly; less is received together with what follows it.
-const DIRECT_BYTES_MIN: usize = 32 * 1024;
 /// Replies that wait for the client; beyond them no request is taken.
 const OUTBOX_BYTES_MAX: usize = 128 * 1024;
 /// Reads and writes up to this length are done in the buffers of all connections, without bytes of their own.
 const SHORT_BYTES_MAX: u64 = 64 * 1024;
+/// A write's payload from this length on is received by itself, where it belongs.
+const LONG_WRITE_BYTES_MIN: u64 = 32 * 1024;
+/// A long write goes to the disk in pieces of this length, which the processor's cache holds.
+const WRITE_PIECE_BYTES_MAX: usize = 256 * 1024;
 /// What a buffer for replies begins with.
 const OUTPUT_BYTES: usize = OUTBOX_BYTES_MAX + 64 * 1024;
 
 /// Buffers that connections share, each while it is polled.
 #[derive(Default)]
 pub struct Scratch {
-    /// What has come, from `at` on not looked at yet.
+    /// What has come and was not looked at yet is from `at` to `end`.
     input: Vec<u8>,
     at: usize,
+    end: usize,
     output: BytesMut,
+    /// For the payload of a long write.
+    payload: Vec<u8>,
 }
 
 impl Scratch {
     fn unread(&self) -> &[u8] {
-        &self.input[self.at..]
+        &self.input[self.at..self.end]
+    }
+
+    /// Room for `bytes` behind what has come.
+    fn room(&mut self, bytes: usize) -> &mut [u8] {
+        if self.at > 0 {
+            self.input.copy_within(self.at..self.end, 0);
+            self.end -= self.at;
+            self.at = 0;
+        }
+        if self.input.len() < self.end + bytes {
+            self.input.resize(self.end + bytes, 0);
+        }
+        &mut self.input[self.end..self.end + bytes]
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.room(bytes.len()).copy_from_slice(bytes);
+        self.end += bytes.len();
     }
 }
 
@@ -103,6 +126,8 @@ pub struct Transmission<T> {
     rest: Vec<u8>,
     /// Requests taken since the last receive.
     batch: u32,
+    /// The last request was a long write: the next one's payload is not received behind its header.
+    expects_long_write: bool,
     waits: Option<Arc<WaitPermits>>,
     session: Session,
     replies: Replies,
@@ -239,6 +264,7 @@ impl<T: Transport> Transmission<T> {
             transport,
             rest: input,
             batch: 0,
+            expects_long_write: false,
             waits,
             session: Session::new(negotiated),
             replies: negotiated.replies,
@@ -275,11 +301,9 @@ impl<T: Transport> Transmission<T> {
 
     /// Takes the buffers, before it is polled.
     pub fn resume(&mut self, scratch: &mut Scratch) {
-        scratch.input.clear();
-        scratch.at = 0;
+        (scratch.at, scratch.end) = (0, 0);
         if !self.rest.is_empty() {
-            scratch.input.append(&mut self.rest);
-            self.rest = Vec::new();
+            scratch.put(&std::mem::take(&mut self.rest));
         }
         if scratch.output.capacity() < OUTPUT_BYTES {
             scratch.output.reserve(OUTPUT_BYTES);
@@ -411,6 +435,12 @@ impl<T: Transport> Transmission<T> {
             if !self.may_take() || self.failed.is_some() {
                 return Ok(progress);
             }
+            if let Some(write) = &self.write
+                && self.session.is_announced()
+            {
+                let piece_bytes_max = write.reservation.bytes().min(WRITE_PIECE_BYTES_MAX);
+                self.session.receive(piece_bytes_max, std::mem::take(&mut scratch.payload));
+            }
             let mut input = scratch.unread();
             let before = input.len();
             let event = self.session.next(&mut input, &self.handler.geometry())?;
@@ -428,10 +458,14 @@ impl<T: Transport> Transmission<T> {
                     self.needs_input = true;
                     return Ok(progress);
                 }
-                Event::Request { cookie, request } => self.take_request(cookie, request),
+                Event::Request { cookie, request } => {
+                    self.expects_long_write = false;
+                    self.take_request(cookie, request);
+                }
                 Event::WriteBegins { cookie, range, durability } => {
                     self.active += 1;
                     self.batch += 1;
+                    self.expects_long_write = range.len() >= LONG_WRITE_BYTES_MIN;
                     let payload = self.session.whole_payload(scratch.unread());
                     let written = payload.filter(|payload| payload.len() as u64 <= SHORT_BYTES_MAX).and_then(
                         |payload| {
@@ -449,7 +483,9 @@ impl<T: Transport> Transmission<T> {
                         None => self.wanted = Some(Wanted::Write { cookie, range, durability }),
                     }
                 }
-                Event::WritePiece { offset_bytes, data, rest } => self.write_piece(offset_bytes, data, rest),
+                Event::WritePiece { offset_bytes, data, rest } => {
+                    self.write_piece(offset_bytes, data, rest, scratch);
+                }
                 Event::Refused { cookie, refusal } => {
                     // A long write that failed on its way was counted when it began.
                     if self.write.take().is_none() {
@@ -511,7 +547,6 @@ impl<T: Transport> Transmission<T> {
     fn begin(&mut self, wanted: Wanted, reservation: Reservation) {
         let (cookie, request) = match wanted {
             Wanted::Write { cookie, durability, .. } => {
-                self.session.receive(reservation.bytes());
                 self.write = Some(Write { cookie, durability, reservation, piece: WritePiece::Payload });
                 return;
             }
@@ -581,10 +616,11 @@ impl<T: Transport> Transmission<T> {
         }));
     }
 
-    fn write_piece(&mut self, offset_bytes: u64, data: Bytes, rest: Rest) {
+    fn write_piece(&mut self, offset_bytes: u64, data: Payload, rest: Rest, scratch: &mut Scratch) {
         let Some(mut write) = self.write.take() else { return };
         let written = work::write_now(&*self.handler, offset_bytes, &data, self.means().waits);
         if let Some(result) = written {
+            scratch.payload = data.into_buffer();
             match (result, rest) {
                 (result, Rest::None) => {
                     self.finish_write(write.cookie, write.durability, write.reservation, result);
@@ -596,6 +632,7 @@ impl<T: Transport> Transmission<T> {
             }
             return;
         }
+        let data = Bytes::from(data);
         let handler = Arc::clone(&self.handler);
         let run = move |durability| async move {
             let result = write_at(&*handler, offset_bytes, data, durability).await;
@@ -790,14 +827,20 @@ impl<T: Transport> Transmission<T> {
             return Ok(false);
         }
         let received = match self.session.payload_space() {
-            Some((payload, missing)) if missing >= DIRECT_BYTES_MIN => {
-                self.transport.poll_receive(cx, payload, Room::AtMost(missing))?
+            Some(space) => {
+                let received = self.transport.poll_receive(cx, space)?;
+                if let Poll::Ready(bytes) = received {
+                    self.session.payload_came(bytes);
+                }
+                received
             }
-            Some(_) | None => {
-                scratch.input.drain(..scratch.at);
-                scratch.at = 0;
-                scratch.input.reserve_exact(INPUT_BYTES);
-                self.transport.poll_receive(cx, &mut scratch.input, Room::Spare)?
+            None => {
+                let bytes = if self.expects_long_write { REQUEST_LEN } else { INPUT_BYTES };
+                let received = self.transport.poll_receive(cx, scratch.room(bytes))?;
+                if let Poll::Ready(bytes) = received {
+                    scratch.end += bytes;
+                }
+                received
             }
         };
         match received {

@@ -6,8 +6,7 @@
 
 use super::reply::{FileSpan, Outbox};
 use crate::geometry::len_of;
-use bytes::{Buf, BufMut};
-use rustix::buffer::spare_capacity;
+use bytes::Buf;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use std::io;
@@ -15,8 +14,8 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_util::io::{poll_read_buf, poll_write_buf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::io::poll_write_buf;
 
 /// Slices of one send.
 const SLICES_MAX: usize = 64;
@@ -26,28 +25,14 @@ pub trait Transport: Send + Unpin {
     /// Whether it sends stretches of files ([`super::reply::Part::File`]).
     fn takes_files(&self) -> bool;
 
-    /// Appends what has come to `into`, as far as `room` says. 0: the client sends no more.
-    fn poll_receive(
-        &mut self,
-        cx: &mut Context<'_>,
-        into: &mut Vec<u8>,
-        room: Room,
-    ) -> Poll<io::Result<usize>>;
+    /// Puts what has come into `into`, which is not empty. 0: the client sends no more.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>>;
 
     /// Sends from the front of `outbox` and takes from it what was sent. 0: the stream takes no more, for ever.
     fn poll_send(&mut self, cx: &mut Context<'_>, outbox: &mut Outbox) -> Poll<io::Result<usize>>;
 
     /// Passes on what is held back.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
-}
-
-/// How much may be received.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Room {
-    /// That many bytes.
-    AtMost(usize),
-    /// What the buffer has spare.
-    Spare,
 }
 
 /// A stream that tokio polls.
@@ -58,17 +43,10 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Transport for Streamed<S> {
         false
     }
 
-    fn poll_receive(
-        &mut self,
-        cx: &mut Context<'_>,
-        into: &mut Vec<u8>,
-        room: Room,
-    ) -> Poll<io::Result<usize>> {
-        let max_bytes = match room {
-            Room::AtMost(bytes) => bytes,
-            Room::Spare => into.capacity() - into.len(),
-        };
-        poll_read_buf(Pin::new(&mut self.0), cx, &mut into.limit(max_bytes))
+    fn poll_receive(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut buffer = ReadBuf::new(into);
+        let received = Pin::new(&mut self.0).poll_read(cx, &mut buffer)?;
+        received.map(|()| Ok(buffer.filled().len()))
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, outbox: &mut Outbox) -> Poll<io::Result<usize>> {
@@ -118,27 +96,8 @@ impl Transport for PlainSocket {
         true
     }
 
-    fn poll_receive(
-        &mut self,
-        _: &mut Context<'_>,
-        into: &mut Vec<u8>,
-        room: Room,
-    ) -> Poll<io::Result<usize>> {
-        match room {
-            // An allocation can be larger than was asked for.
-            Room::AtMost(bytes) if into.capacity() - into.len() != bytes => {
-                let mut buffer = vec![0; bytes];
-                let received =
-                    ready(|| Ok(rustix::net::recv(&self.0, &mut buffer[..], RecvFlags::DONTWAIT)?.0));
-                if let Poll::Ready(Ok(count)) = received {
-                    into.extend_from_slice(&buffer[..count]);
-                }
-                received
-            }
-            Room::AtMost(_) | Room::Spare => {
-                ready(|| Ok(rustix::net::recv(&self.0, spare_capacity(into), RecvFlags::DONTWAIT)?.0))
-            }
-        }
+    fn poll_receive(&mut self, _: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        ready(|| Ok(rustix::net::recv(&self.0, &mut *into, RecvFlags::DONTWAIT)?.0))
     }
 
     fn poll_send(&mut self, _: &mut Context<'_>, outbox: &mut Outbox) -> Poll<io::Result<usize>> {

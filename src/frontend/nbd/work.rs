@@ -6,7 +6,7 @@
 
 use super::budget::PIECE_BYTES_MAX;
 use super::reply::{FileSpan, Part};
-use crate::block::{BlockError, BlockHandler, Durability, Extent, Pages, Piece, ReadPlan, Source, zero_at};
+use crate::block::{BlockError, BlockHandler, Durability, Extent, Piece, ReadPlan, Source, zero_at};
 use crate::geometry::{ByteRange, SECTOR_BYTES, len_of};
 use bytes::{Bytes, BytesMut};
 use futures::stream::{self, StreamExt, TryStreamExt};
@@ -104,13 +104,13 @@ async fn fetch(handler: &dyn BlockHandler, piece: Piece, files: FileParts) -> Re
     let data = match piece.source {
         Source::Zeros => return Ok(Part::Zeros { len_bytes: piece.range.len() }),
         Source::Missing { token } => handler.load(piece.range, &token).await?,
-        Source::File { file, offset_bytes, keep, pages } => {
+        Source::File { file, offset_bytes, keep } => {
             let len_bytes = piece.range.len();
             let is_handed_out = files == FileParts::Taken
-                && pages == Pages::Lasting
                 && len_bytes >= FILE_PART_BYTES_MIN
                 && file.as_fd().is_some()
-                && file.is_resident(offset_bytes, len_bytes);
+                && file.is_resident(offset_bytes, len_bytes)
+                && keep.hand_out();
             if is_handed_out {
                 return Ok(Part::File(FileSpan { file, offset_bytes, len_bytes, keep }));
             }

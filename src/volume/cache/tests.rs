@@ -77,6 +77,47 @@ async fn l12_a_pinned_slot_keeps_its_bytes_while_ten_times_the_capacity_is_kept(
     assert!(cache.get(&block(0).0).is_none(), "unpinned, it goes in the end");
 }
 
+/// Hands the pages of a slot to a socket, as a frontend does: the end to read from, and how many bytes it took.
+fn send(pinned: &Pinned) -> (std::os::unix::net::UnixStream, usize) {
+    let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+    here.set_nonblocking(true).unwrap();
+    let file = pinned.file();
+    let mut offset_bytes = pinned.offset_bytes();
+    let sent =
+        rustix::fs::sendfile(&here, file.as_fd().unwrap(), Some(&mut offset_bytes), BLOCK_LEN).unwrap();
+    assert!(sent >= 4096);
+    (there, sent)
+}
+
+fn received((mut there, sent): (std::os::unix::net::UnixStream, usize)) -> Vec<u8> {
+    let mut bytes = vec![0; sent];
+    std::io::Read::read_exact(&mut there, &mut bytes).unwrap();
+    bytes
+}
+
+#[tokio::test]
+async fn l12_pages_that_a_socket_took_keep_their_bytes_when_the_slot_is_refilled() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 4).await;
+    let pinned = keep(&cache, 0).await.unwrap();
+    assert!(pinned.hand_out(), "the file system of the test's directory has no holes");
+    let taken = send(&pinned);
+    drop(pinned);
+    for number in 1..40 {
+        keep(&cache, number).await.unwrap();
+    }
+    assert!(cache.get(&block(0).0).is_none(), "the slot was refilled");
+    let sent = taken.1;
+    assert_eq!(received(taken), block(0).1[..sent]);
+
+    // What the rule is there for: a plain write over the slot reaches who has not read yet.
+    let pinned = keep(&cache, 50).await.unwrap();
+    let taken = send(&pinned);
+    cache.blocks.write_at(block(51).1, pinned.offset_bytes()).await.unwrap();
+    let sent = taken.1;
+    assert_eq!(received(taken), block(51).1[..sent], "the kernel copies: the test above shows nothing");
+}
+
 #[tokio::test]
 async fn with_all_slots_pinned_nothing_more_is_kept() {
     let dir = tempfile::tempdir().unwrap();
