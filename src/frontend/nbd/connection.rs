@@ -5,7 +5,8 @@
 
 use super::budget::NodeBudget;
 use super::handshake::{self, ExportFacts, Handshake, Negotiated};
-use super::session::BadMagic;
+use super::session::BadStream;
+use super::status::Context;
 use super::transmission::{ClientEnd, Ended, Transmission};
 use super::wire::LIST_MAX;
 use super::{Config, Exports, OpenExport};
@@ -39,7 +40,7 @@ pub enum ConnectionError {
     #[error("handshake took too long")]
     HandshakeTimeout,
     #[error(transparent)]
-    BadMagic(#[from] BadMagic),
+    BadStream(#[from] BadStream),
     /// A simple reply has no place for an error once its data has begun.
     #[error("read failed after its reply had begun: {0}")]
     BrokenReply(BlockError),
@@ -67,9 +68,9 @@ where
         }
         () = shared.stop.cancelled() => None,
     };
-    let Some((export, negotiated)) = agreed else { return Ok(()) };
+    let Some(Agreed { export, negotiated, contexts }) = agreed else { return Ok(()) };
     let OpenExport { handler, guard, closed, .. } = export;
-    let mut transmission = Transmission::new(io, input, negotiated, handler, closed, shared);
+    let mut transmission = Transmission::new(io, input, negotiated, contexts, handler, closed, shared);
     let result = poll_fn(|cx| transmission.poll(cx)).await;
     let Ended { io, client, under_way } = transmission.end();
     match &result {
@@ -96,11 +97,19 @@ async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(mut io: S, client: Clien
     drop(timeout(LINGER, drain).await);
 }
 
+/// What a handshake came to.
+struct Agreed {
+    export: OpenExport,
+    negotiated: Negotiated,
+    /// Those that were selected, in the order of their ids.
+    contexts: Arc<[Context]>,
+}
+
 async fn negotiate<S>(
     io: &mut S,
     input: &mut BytesMut,
     exports: &dyn Exports,
-) -> Result<Option<(OpenExport, Negotiated)>, ConnectionError>
+) -> Result<Option<Agreed>, ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -135,7 +144,8 @@ where
             handshake::Event::Transmit(negotiated) => {
                 io.write_all_buf(handshake.output()).await?;
                 io.flush().await?;
-                return Ok(opened.map(|export| (export, negotiated)));
+                let contexts = handshake.contexts().iter().map(Context::from).collect();
+                return Ok(opened.map(|export| Agreed { export, negotiated, contexts }));
             }
             handshake::Event::Close(reason) => {
                 io.write_all_buf(handshake.output()).await?;

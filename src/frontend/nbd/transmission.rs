@@ -16,9 +16,10 @@ use super::connection::{ConnectionError, Shared};
 use super::handshake::{Negotiated, Replies};
 use super::reply::{Chunk, Outbox, Part};
 use super::session::{Event, Fragments, Refusal, Request, Rest, Session};
+use super::status::{self, Context as MetaContext, Status, Stretch};
 use super::wire::{Cookie, REQUESTS_MAX};
 use super::work;
-use crate::block::{BlockError, BlockHandler, Durability, Extent, write_at};
+use crate::block::{BlockError, BlockHandler, Durability, write_at};
 use crate::frontend::Operation;
 use crate::geometry::{ByteRange, len_of};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -65,6 +66,7 @@ pub struct Transmission<S> {
     session: Session,
     replies: Replies,
     handler: Arc<dyn BlockHandler>,
+    contexts: Arc<[MetaContext]>,
     budget: ConnectionBudget,
     /// The server's stop and the disk's; gone once one has come.
     stop: [Option<Pin<Box<WaitForCancellationFutureOwned>>>; 2],
@@ -163,7 +165,7 @@ enum Done {
     Status {
         cookie: Cookie,
         reservation: Reservation,
-        result: Result<Vec<Extent>, Refusal>,
+        result: Result<Vec<Status>, Refusal>,
     },
 }
 
@@ -173,6 +175,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
         io: S,
         input: BytesMut,
         negotiated: Negotiated,
+        contexts: Arc<[MetaContext]>,
         handler: Arc<dyn BlockHandler>,
         closed: CancellationToken,
         shared: &Shared,
@@ -183,6 +186,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             session: Session::new(negotiated),
             replies: negotiated.replies,
             handler,
+            contexts,
             budget: shared.budget.connection(shared.config.connection_bytes_max),
             stop: [shared.stop.clone(), closed].map(|token| Some(Box::pin(token.cancelled_owned()))),
             stopping: None,
@@ -193,7 +197,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             write: None,
             active: 0,
             in_flight: FuturesUnordered::new(),
-            outbox: Outbox::default(),
+            outbox: Outbox::new(negotiated.headers),
             unflushed: false,
             held: VecDeque::new(),
             stream: Stream::Free,
@@ -364,11 +368,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
                 drop(reservation);
                 plain(result, Operation::Read)
             })),
-            Request::BlockStatus { range, extents_max } => self.launch(Box::pin(async move {
-                let result = work::block_status(&*handler, range, extents_max).await;
-                let result = result.map_err(|error| Refusal::of(&error, Operation::Read));
-                Done::Status { cookie, reservation, result }
-            })),
+            Request::BlockStatus { range, extents_max, contexts: asked } => {
+                let contexts = Arc::clone(&self.contexts);
+                self.launch(Box::pin(async move {
+                    let result = status::block_status(&*handler, &contexts, asked, range, extents_max).await;
+                    let result = result.map_err(|error| Refusal::of(&error, Operation::Read));
+                    Done::Status { cookie, reservation, result }
+                }));
+            }
         }
     }
 
@@ -450,14 +457,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             Done::Piece(result) => self.piece_written(result),
             Done::Plain { cookie, result } => {
                 match result {
-                    Ok(()) => self.outbox.put_simple(cookie, 0),
+                    Ok(()) => self.outbox.put_done(cookie),
                     Err(refusal) => self.outbox.put_error(cookie, self.replies, &refusal),
                 }
                 self.active -= 1;
             }
             Done::Status { cookie, reservation, result } => {
                 match result {
-                    Ok(extents) => self.outbox.put_block_status(cookie, &extents),
+                    Ok(answers) => self.outbox.put_block_status(cookie, &answers),
                     Err(refusal) => self.outbox.put_error(cookie, self.replies, &refusal),
                 }
                 self.hold(Held::Bytes(reservation));
@@ -600,7 +607,10 @@ impl Wanted {
             Self::Write { range, .. } => len_of(range.len()),
             Self::Request { request, .. } => match request {
                 Request::Read { range, .. } | Request::Cache { range } => len_of(range.len()),
-                Request::BlockStatus { extents_max, .. } => *extents_max * size_of::<Extent>(),
+                Request::BlockStatus { extents_max, contexts, .. } => {
+                    // The extents, the answers made of them, and the reply.
+                    *extents_max * contexts.count() * 4 * size_of::<Stretch>()
+                }
                 Request::Flush | Request::Trim { .. } | Request::WriteZeroes { .. } => 0,
             },
         }
