@@ -7,7 +7,7 @@ mod nbd_disk;
 
 use blockhouse::block::BlockHandler;
 use blockhouse::frontend::nbd::wire::{
-    CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_WRITE, Cookie, OPT_EXPORT_NAME, OPT_LIST,
+    CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_WRITE, OPT_EXPORT_NAME, OPT_LIST,
     OPT_STRUCTURED_REPLY, OptionHeader, RequestHeader,
 };
 use blockhouse::frontend::nbd::{Config, ExportError, ExportListing, Exports, OpenExport, Server};
@@ -191,7 +191,7 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Client<S> {
 }
 
 fn request(command: u16, flags: u16, cookie: u64, offset_bytes: u64, len_bytes: u32) -> [u8; 28] {
-    RequestHeader { flags, command, cookie: Cookie(cookie), offset_bytes, len_bytes }.encode()
+    RequestHeader { flags, command, cookie, offset_bytes, len_bytes: u64::from(len_bytes) }.encode()
 }
 
 fn option(option: u32, data: &[u8]) -> Vec<u8> {

@@ -5,9 +5,10 @@
 
 use super::budget::NodeBudget;
 use super::handshake::{self, ExportFacts, Handshake, Negotiated};
-use super::session::BadMagic;
+use super::session::BadStream;
+use super::status::Context as MetaContext;
 use super::threads::{Finished, Threads};
-use super::transmission::{Cause, ClientEnd, Ended, Scratch, Transmission};
+use super::transmission::{Cause, ClientEnd, Disk, Ended, Scratch, Transmission};
 use super::transport::{PlainSocket, Streamed, Transport};
 use super::wire::LIST_MAX;
 use super::{Config, Exports, OpenExport};
@@ -80,7 +81,7 @@ pub enum ConnectionError {
     #[error("handshake took too long")]
     HandshakeTimeout,
     #[error(transparent)]
-    BadMagic(#[from] BadMagic),
+    BadStream(#[from] BadStream),
     /// A simple reply has no place for an error once its data has begun.
     #[error("read failed after its reply had begun: {0}")]
     BrokenReply(BlockError),
@@ -109,9 +110,9 @@ pub async fn serve<S: Client>(mut io: S, shared: &Shared) -> Result<(), Connecti
             () = shared.stop.cancelled() => None,
         }
     };
-    let Some((export, negotiated)) = agreed else { return Ok(()) };
+    let Some(Agreed { export, negotiated, contexts }) = agreed else { return Ok(()) };
     let OpenExport { handler, guard, closed, .. } = export;
-    let (input, disk) = (Vec::from(input), (handler, closed));
+    let (input, disk) = (Vec::from(input), Disk { handler, contexts, closed });
     let (result, ended) = match io.into_plain()? {
         Ok(socket) => {
             let waits = Some(shared.threads.waits());
@@ -167,11 +168,19 @@ async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(mut io: S, client: Clien
     drop(timeout(LINGER, drain).await);
 }
 
+/// What a handshake came to.
+struct Agreed {
+    export: OpenExport,
+    negotiated: Negotiated,
+    /// Those that were selected, in the order of their ids.
+    contexts: Arc<[MetaContext]>,
+}
+
 async fn negotiate<S>(
     io: &mut S,
     input: &mut BytesMut,
     exports: &dyn Exports,
-) -> Result<Option<(OpenExport, Negotiated)>, ConnectionError>
+) -> Result<Option<Agreed>, ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -206,7 +215,8 @@ where
             handshake::Event::Transmit(negotiated) => {
                 io.write_all_buf(handshake.output()).await?;
                 io.flush().await?;
-                return Ok(opened.map(|export| (export, negotiated)));
+                let contexts = handshake.contexts().iter().map(MetaContext::from).collect();
+                return Ok(opened.map(|export| Agreed { export, negotiated, contexts }));
             }
             handshake::Event::Close(reason) => {
                 io.write_all_buf(handshake.output()).await?;

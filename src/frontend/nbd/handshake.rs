@@ -3,15 +3,17 @@
 //! Owns: which options are understood, what is negotiated, and the limits on a client that has not chosen a disk.
 //! Does not own: sockets and time limits ([`super::connection`]) or which disks there are ([`super::Exports`]).
 
+use super::context::{CONTEXTS_MAX, ContextName, ContextSet};
 use super::wire::{
-    BASE_ALLOCATION, BASE_ALLOCATION_ID, BLOCK_BYTES_MIN, BLOCK_BYTES_PREFERRED, DESCRIPTION_BYTES_MAX,
-    FLAG_CAN_MULTI_CONN, FLAG_FIXED_NEWSTYLE, FLAG_HAS_FLAGS, FLAG_NO_ZEROES, FLAG_READ_ONLY,
-    FLAG_SEND_CACHE, FLAG_SEND_DF, FLAG_SEND_FAST_ZERO, FLAG_SEND_FLUSH, FLAG_SEND_FUA, FLAG_SEND_TRIM,
-    FLAG_SEND_WRITE_ZEROES, Fields, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, INIT_MAGIC,
-    MESSAGE_BYTES_MAX, OPT_ABORT, OPT_EXPORT_NAME, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT,
-    OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_BYTES_MAX, OPTION_LEN, OPTION_MAGIC, OPTIONS_MAX,
-    OptionHeader, PAYLOAD_BYTES_MAX, REP_ACK, REP_ERR_INVALID, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN,
-    REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER, cut, put_option_reply, string,
+    BASE_ALLOCATION, BLOCK_BYTES_MIN, BLOCK_BYTES_PREFERRED, DESCRIPTION_BYTES_MAX,
+    FLAG_BLOCK_STATUS_PAYLOAD, FLAG_CAN_MULTI_CONN, FLAG_FIXED_NEWSTYLE, FLAG_HAS_FLAGS, FLAG_NO_ZEROES,
+    FLAG_READ_ONLY, FLAG_SEND_CACHE, FLAG_SEND_DF, FLAG_SEND_FAST_ZERO, FLAG_SEND_FLUSH, FLAG_SEND_FUA,
+    FLAG_SEND_TRIM, FLAG_SEND_WRITE_ZEROES, Fields, Headers, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT,
+    INFO_NAME, INIT_MAGIC, MESSAGE_BYTES_MAX, OPT_ABORT, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO,
+    OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_BYTES_MAX,
+    OPTION_LEN, OPTION_MAGIC, OPTIONS_MAX, OptionHeader, PAYLOAD_BYTES_MAX, REP_ACK, REP_ERR_EXT_HEADER_REQD,
+    REP_ERR_INVALID, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
+    cut, put_option_reply, string,
 };
 use super::{ExportError, ExportListing};
 use crate::geometry::{Access, Geometry};
@@ -36,21 +38,17 @@ pub enum Event {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Negotiated {
     pub replies: Replies,
-    pub block_status: BlockStatus,
+    pub headers: Headers,
+    /// What the client may ask block status about.
+    pub contexts: ContextSet,
 }
 
 /// Which replies the client understands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Replies {
     Simple,
+    /// In chunks, whatever their headers.
     Structured,
-}
-
-/// Whether the client may ask for block status.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum BlockStatus {
-    NotSelected,
-    BaseAllocation,
 }
 
 /// What the client is told about a disk.
@@ -70,8 +68,9 @@ pub struct Handshake {
     options: u32,
     padding: Padding,
     replies: Replies,
-    /// The disk, as the client named it, for which block status was selected.
-    status_selected_for: Option<String>,
+    headers: Headers,
+    /// For which disk, as the client named it, which contexts are selected.
+    selected: Option<(String, Vec<ContextName>)>,
 }
 
 #[derive(Debug)]
@@ -90,7 +89,7 @@ enum Question {
     List,
     ExportName { name: String },
     Info { option: u32, name: String, wanted: Vec<u16> },
-    MetaContext { option: u32, name: String, matches: bool },
+    MetaContext { option: u32, name: String, matches: Vec<ContextName> },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -118,7 +117,8 @@ impl Handshake {
             options: 0,
             padding: Padding::Zeroes,
             replies: Replies::Simple,
-            status_selected_for: None,
+            headers: Headers::Compact,
+            selected: None,
         }
     }
 
@@ -187,31 +187,43 @@ impl Handshake {
             }
             (Question::ExportName { name }, Ok(facts)) => {
                 self.output.put_u64(facts.geometry.size_bytes);
-                self.output.put_u16(self.transmission_flags(facts));
+                self.output.put_u16(self.transmission_flags(&name, facts));
                 if self.padding == Padding::Zeroes {
                     self.output.put_bytes(0, 124);
                 }
                 self.transmit(&name)
             }
             (Question::Info { option, name, wanted }, Ok(facts)) => {
-                self.info(option, facts, &wanted);
+                self.info(option, &name, facts, &wanted);
                 if option == OPT_GO { self.transmit(&name) } else { State::Header }
             }
             (Question::MetaContext { option, name, matches }, Ok(_)) => {
-                if matches {
-                    let id = if option == OPT_SET_META_CONTEXT { BASE_ALLOCATION_ID } else { 0 };
-                    let mut data = Vec::new();
-                    data.put_u32(id);
-                    data.put_slice(BASE_ALLOCATION.as_bytes());
-                    put_option_reply(&mut self.output, option, REP_META_CONTEXT, &data);
-                }
-                if option == OPT_SET_META_CONTEXT {
-                    self.status_selected_for = matches.then_some(name);
-                }
-                put_option_reply(&mut self.output, option, REP_ACK, &[]);
-                State::Header
+                self.meta_context(option, name, matches)
             }
         };
+    }
+
+    /// The contexts that were selected for the disk that is transmitted, in the order of their ids.
+    pub fn contexts(&self) -> &[ContextName] {
+        self.selected.as_ref().map_or(&[], |(_, contexts)| contexts)
+    }
+
+    fn meta_context(&mut self, option: u32, name: String, contexts: Vec<ContextName>) -> State {
+        let set = option == OPT_SET_META_CONTEXT;
+        if set && contexts.len() > CONTEXTS_MAX {
+            return self.refuse(option, REP_ERR_TOO_BIG, "too many metadata contexts");
+        }
+        for (id, context) in (1..).zip(&contexts) {
+            let mut data = Vec::new();
+            data.put_u32(if set { id } else { 0 });
+            data.put_slice(context.text().as_bytes());
+            put_option_reply(&mut self.output, option, REP_META_CONTEXT, &data);
+        }
+        if set && !contexts.is_empty() {
+            self.selected = Some((name, contexts));
+        }
+        put_option_reply(&mut self.output, option, REP_ACK, &[]);
+        State::Header
     }
 
     fn client_flags(&mut self, input: &mut BytesMut) -> Step {
@@ -272,6 +284,9 @@ impl Handshake {
 
     fn option(&mut self, option: u32, data: &[u8]) -> State {
         match option {
+            OPT_EXPORT_NAME if self.headers == Headers::Extended => {
+                close("the client asked for a disk in a way that extended headers exclude")
+            }
             OPT_EXPORT_NAME => match string(data) {
                 Some(name) => State::Asked(Question::ExportName { name: name.to_owned() }),
                 None => close("the client sent a malformed name"),
@@ -281,12 +296,21 @@ impl Handshake {
                 close("the client gave up the handshake")
             }
             OPT_LIST if data.is_empty() => State::Asked(Question::List),
+            OPT_STRUCTURED_REPLY if data.is_empty() && self.headers == Headers::Extended => {
+                self.refuse(option, REP_ERR_EXT_HEADER_REQD, "extended headers are in use and stay")
+            }
+            OPT_EXTENDED_HEADERS if data.is_empty() => {
+                self.headers = Headers::Extended;
+                self.replies = Replies::Structured;
+                put_option_reply(&mut self.output, option, REP_ACK, &[]);
+                State::Header
+            }
             OPT_STRUCTURED_REPLY if data.is_empty() => {
                 self.replies = Replies::Structured;
                 put_option_reply(&mut self.output, option, REP_ACK, &[]);
                 State::Header
             }
-            OPT_LIST | OPT_STRUCTURED_REPLY => {
+            OPT_LIST | OPT_STRUCTURED_REPLY | OPT_EXTENDED_HEADERS => {
                 self.refuse(option, REP_ERR_INVALID, "this option takes no data")
             }
             OPT_INFO | OPT_GO => match parse_info(data) {
@@ -296,10 +320,14 @@ impl Handshake {
             OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => {
                 if option == OPT_SET_META_CONTEXT {
                     // What was selected before is gone even if this attempt fails.
-                    self.status_selected_for = None;
+                    self.selected = None;
                 }
                 if self.replies == Replies::Simple {
-                    return self.refuse(option, REP_ERR_INVALID, "negotiate structured replies first");
+                    return self.refuse(
+                        option,
+                        REP_ERR_INVALID,
+                        "negotiate structured replies or extended headers first",
+                    );
                 }
                 match parse_meta_context(option, data) {
                     Some((name, matches)) => State::Asked(Question::MetaContext { option, name, matches }),
@@ -324,11 +352,11 @@ impl Handshake {
         self.refuse(option, REP_ERR_UNKNOWN, cut(&message, MESSAGE_BYTES_MAX));
     }
 
-    fn info(&mut self, option: u32, facts: &ExportFacts, wanted: &[u16]) {
+    fn info(&mut self, option: u32, name: &str, facts: &ExportFacts, wanted: &[u16]) {
         let mut data = Vec::new();
         data.put_u16(INFO_EXPORT);
         data.put_u64(facts.geometry.size_bytes);
-        data.put_u16(self.transmission_flags(facts));
+        data.put_u16(self.transmission_flags(name, facts));
         put_option_reply(&mut self.output, option, REP_INFO, &data);
         for kind in [INFO_NAME, INFO_DESCRIPTION, INFO_BLOCK_SIZE] {
             if !wanted.contains(&kind) {
@@ -352,14 +380,15 @@ impl Handshake {
         put_option_reply(&mut self.output, option, REP_ACK, &[]);
     }
 
-    fn transmit(&self, name: &str) -> State {
-        let selected = self.status_selected_for.as_deref() == Some(name);
-        let block_status = if selected { BlockStatus::BaseAllocation } else { BlockStatus::NotSelected };
-        State::Done(Event::Transmit(Negotiated { replies: self.replies, block_status }))
+    fn transmit(&mut self, name: &str) -> State {
+        self.selected.take_if(|(selected_for, _)| selected_for != name);
+        let contexts = ContextSet::first(self.contexts().len());
+        let (replies, headers) = (self.replies, self.headers);
+        State::Done(Event::Transmit(Negotiated { replies, headers, contexts }))
     }
 
     /// Each flag is a promise about the engine: a flush covers all connections, zeroing whole sectors never waits.
-    fn transmission_flags(&self, facts: &ExportFacts) -> u16 {
+    fn transmission_flags(&self, name: &str, facts: &ExportFacts) -> u16 {
         let always = FLAG_HAS_FLAGS | FLAG_SEND_FLUSH | FLAG_CAN_MULTI_CONN | FLAG_SEND_CACHE;
         let access = match facts.geometry.access {
             Access::ReadOnly => FLAG_READ_ONLY,
@@ -371,7 +400,12 @@ impl Handshake {
             Replies::Simple => 0,
             Replies::Structured => FLAG_SEND_DF,
         };
-        always | access | replies
+        let selected = self.selected.as_ref().is_some_and(|(selected_for, _)| selected_for == name);
+        let filter = match self.headers {
+            Headers::Extended if selected => FLAG_BLOCK_STATUS_PAYLOAD,
+            Headers::Extended | Headers::Compact => 0,
+        };
+        always | access | replies | filter
     }
 }
 
@@ -417,8 +451,8 @@ fn parse_info(data: &[u8]) -> Option<(String, Vec<u16>)> {
     fields.is_empty().then_some((name, wanted))
 }
 
-/// The disk, and whether a query means the one context that there is.
-fn parse_meta_context(option: u32, data: &[u8]) -> Option<(String, bool)> {
+/// The disk, and which contexts the queries mean.
+fn parse_meta_context(option: u32, data: &[u8]) -> Option<(String, Vec<ContextName>)> {
     let mut fields = Fields(data);
     let name = fields.string()?.to_owned();
     let count = fields.u32()?;
@@ -428,7 +462,8 @@ fn parse_meta_context(option: u32, data: &[u8]) -> Option<(String, bool)> {
         let query = fields.string()?;
         matches |= query == BASE_ALLOCATION || (list && query == "base:");
     }
-    fields.is_empty().then_some((name, matches))
+    let contexts = if matches { vec![ContextName::Allocation] } else { Vec::new() };
+    fields.is_empty().then_some((name, contexts))
 }
 
 #[cfg(test)]

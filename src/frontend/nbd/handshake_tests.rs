@@ -113,7 +113,8 @@ fn malformed_options_are_invalid_and_unknown_ones_unsupported() {
         (OPT_SET_META_CONTEXT, meta_data("vm-7", &["base:allocation"]), REP_ERR_INVALID),
         (OPT_LIST_META_CONTEXT, meta_data("vm-7", &[]), REP_ERR_INVALID),
         (5, vec![], UNSUP),
-        (11, vec![], UNSUP),
+        (OPT_EXTENDED_HEADERS, vec![0], REP_ERR_INVALID),
+        (12, vec![], UNSUP),
         (0x7fff_ffff, vec![1, 2, 3], UNSUP),
         (OPT_LIST, vec![0; 70_000], REP_ERR_TOO_BIG),
     ];
@@ -144,7 +145,8 @@ fn go_tells_what_was_asked_for_and_transmits() {
     assert_eq!(replies[1].2, b"\0\x01vm-7");
     assert_eq!(replies[2].2, b"\0\x02a disk");
     assert_eq!(replies[3].2, [0, 3, 0, 0, 0, 1, 0, 0, 0x10, 0, 2, 0, 0, 0]);
-    let negotiated = Negotiated { replies: Replies::Simple, block_status: BlockStatus::NotSelected };
+    let (replies, headers, contexts) = (Replies::Simple, Headers::Compact, ContextSet::EMPTY);
+    let negotiated = Negotiated { replies, headers, contexts };
     assert_eq!(end, Event::Transmit(negotiated));
 }
 
@@ -156,18 +158,19 @@ fn block_status_holds_only_for_the_disk_it_was_selected_for_and_the_last_selecti
     let broken = option(OPT_SET_META_CONTEXT, &[0, 0, 0, 9]);
     let good = set("vm-7", &["x-other:1", "base:allocation"]);
     let table = [
-        (vec![good.clone()], BlockStatus::BaseAllocation),
-        (vec![], BlockStatus::NotSelected),
-        (vec![set("", &["base:allocation"])], BlockStatus::NotSelected),
-        (vec![set("vm-7", &["base:"])], BlockStatus::NotSelected),
-        (vec![set("vm-7", &["base:other", "nonsense"])], BlockStatus::NotSelected),
-        (vec![good.clone(), set("vm-7", &[])], BlockStatus::NotSelected),
-        (vec![good.clone(), broken], BlockStatus::NotSelected),
-        (vec![good.clone(), set("other", &["base:allocation"])], BlockStatus::NotSelected),
+        (vec![good.clone()], 1),
+        (vec![], 0),
+        (vec![set("", &["base:allocation"])], 0),
+        (vec![set("vm-7", &["base:"])], 0),
+        (vec![set("vm-7", &["base:other", "nonsense"])], 0),
+        (vec![good.clone(), set("vm-7", &[])], 0),
+        (vec![good.clone(), broken], 0),
+        (vec![good.clone(), set("other", &["base:allocation"])], 0),
     ];
-    for (index, (options, block_status)) in table.into_iter().enumerate() {
+    for (index, (options, count)) in table.into_iter().enumerate() {
         let all = [vec![structured.clone()], options, vec![go.clone()]].concat();
-        let negotiated = Negotiated { replies: Replies::Structured, block_status };
+        let (replies, headers) = (Replies::Structured, Headers::Compact);
+        let negotiated = Negotiated { replies, headers, contexts: ContextSet::first(count) };
         assert_eq!(haggle(&all).1, Event::Transmit(negotiated), "row {index}");
     }
     for (queries, found) in
@@ -186,14 +189,38 @@ fn block_status_holds_only_for_the_disk_it_was_selected_for_and_the_last_selecti
 #[test]
 fn flags_say_what_the_disk_and_the_client_can() {
     let mut handshake = Handshake::new();
-    let simple = handshake.transmission_flags(&facts(Access::ReadWrite));
+    let simple = handshake.transmission_flags("vm-7", &facts(Access::ReadWrite));
     assert_eq!(simple & FLAG_SEND_DF, 0);
     assert_ne!(simple & FLAG_SEND_FAST_ZERO, 0);
     handshake.replies = Replies::Structured;
-    assert_eq!(handshake.transmission_flags(&facts(Access::ReadWrite)), simple | FLAG_SEND_DF);
-    let fixed = handshake.transmission_flags(&facts(Access::ReadOnly));
+    assert_eq!(handshake.transmission_flags("vm-7", &facts(Access::ReadWrite)), simple | FLAG_SEND_DF);
+    handshake.headers = Headers::Extended;
+    handshake.selected = Some(("vm-7".into(), vec![ContextName::Allocation]));
+    let filter = FLAG_BLOCK_STATUS_PAYLOAD | FLAG_SEND_DF;
+    assert_eq!(handshake.transmission_flags("vm-7", &facts(Access::ReadWrite)), simple | filter);
+    assert_eq!(handshake.transmission_flags("", &facts(Access::ReadWrite)), simple | FLAG_SEND_DF);
+    let fixed = handshake.transmission_flags("vm-7", &facts(Access::ReadOnly));
     assert_ne!(fixed & READ_ONLY, 0);
     assert_eq!(fixed & (FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES | FLAG_SEND_FAST_ZERO), 0);
+}
+
+#[test]
+fn extended_headers_imply_chunks_and_cannot_be_left() {
+    let extended = option(OPT_EXTENDED_HEADERS, &[]);
+    let structured = option(OPT_STRUCTURED_REPLY, &[]);
+    let set = option(OPT_SET_META_CONTEXT, &meta_data("vm-7", &["base:allocation"]));
+    let go = option(OPT_GO, &info_data("vm-7", &[]));
+    let (answers, end) = haggle(&[extended.clone(), structured.clone(), set.clone(), go.clone()]);
+    let kinds: Vec<_> = answers.iter().map(|(option, kind, _)| (*option, *kind)).collect();
+    assert_eq!(
+        kinds[..2],
+        [(OPT_EXTENDED_HEADERS, REP_ACK), (OPT_STRUCTURED_REPLY, REP_ERR_EXT_HEADER_REQD)]
+    );
+    let (replies, headers) = (Replies::Structured, Headers::Extended);
+    let negotiated = Negotiated { replies, headers, contexts: ContextSet::first(1) };
+    assert_eq!(end, Event::Transmit(negotiated));
+    assert_eq!(haggle(&[structured, extended.clone(), set, go]).1, Event::Transmit(negotiated));
+    assert!(matches!(haggle(&[extended, option(OPT_EXPORT_NAME, b"vm-7")]).1, Event::Close(_)));
 }
 
 #[test]

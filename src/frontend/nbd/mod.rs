@@ -1,12 +1,14 @@
-//! The NBD server: fixed newstyle, simple and structured replies, `base:allocation`.
+//! The NBD server: fixed newstyle; simple, structured and extended replies; block status.
 //!
 //! Follows <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
 //!
 //! ```text
 //! socket ─ server (accept, limits, stop)
 //!            └ connection (one task a client) ─ handshake P                          which disk
-//!                └ transmission ─ session P, reply P                                  bytes ⇄ requests
-//!                               └ work ─ BlockHandler                                 requests ⇄ disk
+//!                ├ a plain socket: threads (`nbd-N`) ─┐
+//!                └ any other stream: the task itself ─┴ transport                     who polls
+//!                                                     └ transmission ─ session P, reply P    bytes ⇄ requests
+//!                                                                    └ work ─ BlockHandler   requests ⇄ disk
 //! ```
 //! P = pure: bytes and values in, bytes and values out.
 //!
@@ -20,17 +22,21 @@
 //! | handshake: [`Config::handshake_timeout`], [`wire::OPTIONS_MAX`] options | the connection is closed |
 //! | option data [`wire::OPTION_BYTES_MAX`] | skipped, answered `ERR_TOO_BIG` |
 //! | names in a listing [`wire::LIST_MAX`] | the list is cut off there |
-//! | read and write payload [`wire::PAYLOAD_BYTES_MAX`] | skipped, answered `EINVAL` (`EOVERFLOW` for structured reads) |
+//! | read and write payload [`wire::PAYLOAD_BYTES_MAX`] | skipped, answered `EINVAL` (`EOVERFLOW` for structured reads); with extended headers a longer payload closes the connection |
+//! | metadata contexts [`context::CONTEXTS_MAX`] | `ERR_TOO_BIG`, and none is selected |
+//! | extents in one answer [`wire::EXTENTS_MAX`] | the answer covers the beginning of the range |
 //! | requests under way [`wire::REQUESTS_MAX`] a connection | the server stops reading from that socket |
 //! | bytes under way ([`Config::connection_bytes_max`], [`Config::node_bytes_max`]) | the same |
-//! | replies not taken by the client | the same |
+//! | replies not taken by the client, 128 KiB of them and what the kernel takes | the same |
 
 pub mod budget;
 pub mod connection;
+pub mod context;
 pub mod handshake;
 pub mod reply;
 pub mod server;
 pub mod session;
+pub mod status;
 mod threads;
 mod transmission;
 mod transport;

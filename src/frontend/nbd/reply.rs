@@ -1,16 +1,17 @@
 //! Replies on their way to the client. Pure: results in, bytes out.
 //!
-//! Owns: the layout of simple and structured replies, and the queue of bytes that the socket has not taken yet.
+//! Owns: the layout of simple, structured and extended replies, and the queue of bytes that the socket has not taken yet.
 //! Does not own: when a reply may be sent (the transmission).
 
 use super::handshake::Replies;
 use super::session::Refusal;
+use super::status::Status;
 use super::wire::{
-    BASE_ALLOCATION_ID, CHUNK_LEN, ChunkHeader, Cookie, MESSAGE_BYTES_MAX, REPLY_BLOCK_STATUS, REPLY_ERROR,
-    REPLY_ERROR_OFFSET, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE,
-    SIMPLE_REPLY_MAGIC, allocation_state, cut,
+    CHUNK_LEN_MAX, ChunkHeader, Cookie, Headers, MESSAGE_BYTES_MAX, REPLY_BLOCK_STATUS,
+    REPLY_BLOCK_STATUS_EXT, REPLY_ERROR, REPLY_ERROR_OFFSET, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA,
+    REPLY_OFFSET_HOLE, SIMPLE_REPLY_MAGIC, cut,
 };
-use crate::block::{Extent, Keep};
+use crate::block::Keep;
 use crate::disk::DiskFile;
 use crate::geometry::{ByteRange, len_of};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -75,6 +76,7 @@ impl Chunk {
 /// Bytes for the client, in order.
 #[derive(Default)]
 pub struct Outbox {
+    headers: Headers,
     sealed: VecDeque<Sealed>,
     /// How many of them are files.
     files: usize,
@@ -89,6 +91,11 @@ enum Sealed {
 }
 
 impl Outbox {
+    /// For replies with such headers.
+    pub fn new(headers: Headers) -> Self {
+        Self { headers, ..Self::default() }
+    }
+
     /// Counts all bytes ever put in: a place in the stream.
     pub fn queued_bytes(&self) -> u64 {
         self.queued_bytes
@@ -107,12 +114,20 @@ impl Outbox {
         self.taken_bytes = self.queued_bytes;
     }
 
+    /// That a request without data is done.
+    pub fn put_done(&mut self, cookie: Cookie) {
+        match self.headers {
+            Headers::Compact => self.put_simple(cookie, 0),
+            Headers::Extended => self.put_none(cookie),
+        }
+    }
+
     /// A simple reply without data, or the header of one with data that follows.
     pub fn put_simple(&mut self, cookie: Cookie, errno_code: u32) {
         self.tail.reserve(16);
         self.tail.put_u32(SIMPLE_REPLY_MAGIC);
         self.tail.put_u32(errno_code);
-        self.tail.put_u64(cookie.0);
+        self.tail.put_u64(cookie.number);
         self.queued_bytes += 16;
     }
 
@@ -201,16 +216,35 @@ impl Outbox {
         }
     }
 
-    /// Extents of the one metadata context, which lie end to end. There is at least one.
-    pub fn put_block_status(&mut self, cookie: Cookie, extents: &[Extent]) {
-        self.put_chunk(cookie, REPLY_BLOCK_STATUS, Chunk::Last, 4 + 8 * extents.len() as u64);
-        self.tail.reserve(4 + 8 * extents.len());
-        self.tail.put_u32(BASE_ALLOCATION_ID);
-        for extent in extents {
-            self.tail.put_u32(short(extent.range.len()));
-            self.tail.put_u32(allocation_state(extent.kind));
+    /// A chunk for each metadata context. There is at least one.
+    pub fn put_block_status(&mut self, cookie: Cookie, answers: &[Status]) {
+        for (index, status) in answers.iter().enumerate() {
+            let chunk = if index + 1 == answers.len() { Chunk::Last } else { Chunk::MoreFollow };
+            let count = status.stretches.len();
+            let (kind, len) = match self.headers {
+                Headers::Compact => (REPLY_BLOCK_STATUS, 4 + 8 * count),
+                Headers::Extended => (REPLY_BLOCK_STATUS_EXT, 8 + 16 * count),
+            };
+            self.put_chunk(cookie, kind, chunk, len as u64);
+            self.tail.reserve(len);
+            self.tail.put_u32(status.context_id);
+            match self.headers {
+                Headers::Compact => {
+                    for stretch in &status.stretches {
+                        self.tail.put_u32(short(stretch.len_bytes));
+                        self.tail.put_u32(stretch.state);
+                    }
+                }
+                Headers::Extended => {
+                    self.tail.put_u32(short(count as u64));
+                    for stretch in &status.stretches {
+                        self.tail.put_u64(stretch.len_bytes);
+                        self.tail.put_u64(u64::from(stretch.state));
+                    }
+                }
+            }
+            self.queued_bytes += len as u64;
         }
-        self.queued_bytes += 4 + 8 * extents.len() as u64;
     }
 
     fn put_hole(&mut self, cookie: Cookie, range: ByteRange, chunk: Chunk) {
@@ -221,10 +255,9 @@ impl Outbox {
     }
 
     fn put_chunk(&mut self, cookie: Cookie, kind: u16, chunk: Chunk, len_bytes: u64) {
-        self.tail.reserve(CHUNK_LEN + 16);
+        self.tail.reserve(CHUNK_LEN_MAX + 16);
         let header = ChunkHeader { flags: chunk.flags(), kind, cookie, len_bytes: short(len_bytes) };
-        header.put(&mut self.tail);
-        self.queued_bytes += CHUNK_LEN as u64;
+        self.queued_bytes += header.put(self.headers, &mut self.tail) as u64;
     }
 
     fn put_error_fields(&mut self, refusal: &Refusal, message: &str) {
@@ -381,9 +414,10 @@ fn is_hole(part: &Part) -> bool {
     matches!(part, Part::Zeros { len_bytes } if *len_bytes >= HOLE_BYTES_MIN)
 }
 
-/// A length in a reply: no longer than the request it answers, whose length had 32 bits.
+/// A length in a reply that has 32 bits: that of a payload, which is limited, or of a part of a request with a compact
+/// header.
 fn short(len_bytes: u64) -> u32 {
-    u32::try_from(len_bytes).expect("a chunk is no longer than its request")
+    u32::try_from(len_bytes).expect("payloads are limited, and compact requests shorter than 4 GiB")
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 
 use super::super::wire::Errno;
 use super::*;
-use crate::block::ExtentKind;
+use crate::frontend::nbd::status::Stretch;
 use proptest::prelude::*;
 
-const COOKIE: Cookie = Cookie(5);
+const COOKIE: Cookie = Cookie { number: 5, offset_bytes: 0x1234 };
 
 fn take(outbox: &mut Outbox) -> Vec<u8> {
     let len = outbox.remaining();
@@ -20,8 +20,21 @@ fn chunks(mut bytes: &[u8]) -> Vec<(u16, u16, Vec<u8>)> {
     while !bytes.is_empty() {
         assert_eq!(bytes.get_u32(), super::super::wire::STRUCTURED_REPLY_MAGIC);
         let (flags, kind) = (bytes.get_u16(), bytes.get_u16());
-        assert_eq!(bytes.get_u64(), COOKIE.0);
+        assert_eq!(bytes.get_u64(), COOKIE.number);
         let len = bytes.get_u32() as usize;
+        found.push((flags, kind, bytes.copy_to_bytes(len).to_vec()));
+    }
+    found
+}
+
+/// The same of chunks with extended headers.
+fn extended_chunks(mut bytes: &[u8]) -> Vec<(u16, u16, Vec<u8>)> {
+    let mut found = Vec::new();
+    while !bytes.is_empty() {
+        assert_eq!(bytes.get_u32(), super::super::wire::EXTENDED_REPLY_MAGIC);
+        let (flags, kind) = (bytes.get_u16(), bytes.get_u16());
+        assert_eq!((bytes.get_u64(), bytes.get_u64()), (COOKIE.number, COOKIE.offset_bytes));
+        let len = len_of(bytes.get_u64());
         found.push((flags, kind, bytes.copy_to_bytes(len).to_vec()));
     }
     found
@@ -70,12 +83,38 @@ fn a_read_that_must_not_be_fragmented_has_one_chunk() {
 
 #[test]
 fn extents_lie_end_to_end() {
-    let extent = |start, len, kind| Extent { range: ByteRange::new(start, len), kind };
+    let stretch = |len_bytes, state| Stretch { len_bytes, state };
     let mut outbox = Outbox::default();
-    let extents = [extent(0, 512, ExtentKind::Data), extent(512, 1024, ExtentKind::Hole)];
-    outbox.put_block_status(COOKIE, &extents);
-    let payload = [0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 3];
-    assert_eq!(chunks(&take(&mut outbox)), [(1, REPLY_BLOCK_STATUS, payload.to_vec())]);
+    let first = Status { context_id: 1, stretches: vec![stretch(512, 0), stretch(1024, 3)] };
+    let second = Status { context_id: 7, stretches: vec![stretch(1 << 31, 1)] };
+    outbox.put_block_status(COOKIE, &[first.clone(), second.clone()]);
+    let payload = [0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 3].to_vec();
+    let other = [0, 0, 0, 7, 0x80, 0, 0, 0, 0, 0, 0, 1].to_vec();
+    let expected = [(0, REPLY_BLOCK_STATUS, payload), (1, REPLY_BLOCK_STATUS, other)];
+    assert_eq!(chunks(&take(&mut outbox)), expected);
+
+    let mut outbox = Outbox::new(Headers::Extended);
+    outbox.put_block_status(COOKIE, &[Status { stretches: vec![stretch(1 << 40, 3)], ..first }, second]);
+    let found = extended_chunks(&take(&mut outbox));
+    let payload = [[0, 0, 0, 1, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 3]].concat();
+    assert_eq!(found[0], (0, REPLY_BLOCK_STATUS_EXT, payload));
+    assert_eq!((found.len(), found[1].0, found[1].2.len()), (2, 1, 24));
+}
+
+#[test]
+fn extended_replies_have_one_kind_of_header_with_the_offset_of_the_request() {
+    let refusal = Refusal { errno: Errno::Perm, message: "no".into() };
+    let mut outbox = Outbox::new(Headers::Extended);
+    outbox.put_done(COOKIE);
+    outbox.put_error(COOKIE, Replies::Structured, &refusal);
+    outbox.put_parts(COOKIE, 0x2000, vec![Part::Data(Bytes::from_static(b"x"))], Chunk::Last);
+    let found = extended_chunks(&take(&mut outbox));
+    assert_eq!(found[0], (1, REPLY_NONE, vec![]));
+    assert_eq!(found[1], (1, REPLY_ERROR, b"\0\0\0\x01\0\x02no".to_vec()));
+    assert_eq!(found[2], (1, REPLY_OFFSET_DATA, b"\0\0\0\0\0\0\x20\0x".to_vec()));
+    let mut outbox = Outbox::new(Headers::Compact);
+    outbox.put_done(COOKIE);
+    assert_eq!(take(&mut outbox).len(), 16);
 }
 
 #[test]

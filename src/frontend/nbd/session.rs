@@ -5,11 +5,13 @@
 //! Does not own: running requests ([`super::work`]), replies ([`super::reply`]), or how many run at a time
 //! (the transmission).
 
-use super::handshake::{BlockStatus, Negotiated, Replies};
+use super::context::{CONTEXTS_MAX, ContextSet};
+use super::handshake::{Negotiated, Replies};
 use super::wire::{
     CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
-    CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, Cookie, EXTENTS_MAX, Errno,
-    PAYLOAD_BYTES_MAX, REQUEST_LEN, RequestHeader,
+    CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
+    Cookie, EXTENDED_REQUEST_LEN, EXTENTS_MAX, Errno, Fields, Headers, PAYLOAD_BYTES_MAX, REQUEST_LEN,
+    RequestHeader,
 };
 use crate::block::{BlockError, Durability};
 use crate::frontend::{Operation, check};
@@ -78,7 +80,7 @@ pub enum Request {
     Trim { range: ByteRange, durability: Durability },
     WriteZeroes { range: ByteRange, durability: Durability },
     Cache { range: ByteRange },
-    BlockStatus { range: ByteRange, extents_max: usize },
+    BlockStatus { range: ByteRange, extents_max: usize, contexts: ContextSet },
 }
 
 /// Whether a structured reply to a read may have several content chunks.
@@ -98,8 +100,15 @@ pub struct Refusal {
 
 /// The client does not speak the protocol: there is no way to go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("a request began with the wrong magic number")]
-pub struct BadMagic;
+pub enum BadStream {
+    #[error("a request began with the wrong magic number")]
+    BadMagic,
+    #[error("a payload is longer than the largest that was announced")]
+    PayloadTooLong,
+}
+
+/// Longest payload of a request for block status: a length, and an id for each context.
+const FILTER_LEN_MAX: u64 = 8 + 4 * CONTEXTS_MAX as u64;
 
 /// What one client says.
 #[derive(Debug)]
@@ -122,6 +131,10 @@ enum State {
         piece_len: usize,
         left: ByteRange,
     },
+    /// The payload of a request for block status, which says what of it is wanted.
+    Filter {
+        header: RequestHeader,
+    },
     Skip {
         left_bytes: u64,
         cookie: Cookie,
@@ -139,7 +152,7 @@ impl Session {
     ///
     /// # Errors
     /// What follows in the stream means nothing: close the connection.
-    pub fn next<I>(&mut self, input: &mut I, geometry: &Geometry) -> Result<Event, BadMagic>
+    pub fn next<I>(&mut self, input: &mut I, geometry: &Geometry) -> Result<Event, BadStream>
     where
         I: Buf + Deref<Target = [u8]>,
     {
@@ -174,6 +187,17 @@ impl Session {
                 let refused = Event::Refused { cookie: *cookie, refusal: refusal.clone() };
                 self.state = State::Header;
                 Ok(refused)
+            }
+            State::Filter { header } => {
+                let header = *header;
+                let len = crate::geometry::len_of(header.len_bytes);
+                if input.len() < len {
+                    return Ok(Event::NeedInput);
+                }
+                self.state = State::Header;
+                let judged = self.filtered_block_status(&header, &input[..len], geometry);
+                input.advance(len);
+                Ok(event(&header, judged))
             }
             State::Announced { .. } | State::Ended => Ok(Event::NeedInput),
         }
@@ -224,7 +248,11 @@ impl Session {
     pub fn payload_space(&mut self) -> Option<&mut [u8]> {
         match &mut self.state {
             State::Payload { buffer, filled, piece_len, .. } => Some(&mut buffer[*filled..*piece_len]),
-            State::Header | State::Announced { .. } | State::Skip { .. } | State::Ended => None,
+            State::Header
+            | State::Announced { .. }
+            | State::Filter { .. }
+            | State::Skip { .. }
+            | State::Ended => None,
         }
     }
 
@@ -235,57 +263,96 @@ impl Session {
         }
     }
 
+    /// Bytes of a request before its payload.
+    pub fn header_len(&self) -> usize {
+        match self.negotiated.headers {
+            Headers::Compact => REQUEST_LEN,
+            Headers::Extended => EXTENDED_REQUEST_LEN,
+        }
+    }
+
     /// Whether no request is half received, beyond bytes that `next` has not taken.
     pub fn at_boundary(&self) -> bool {
         matches!(self.state, State::Header | State::Ended)
     }
 
-    fn header<I>(&mut self, input: &mut I, geometry: &Geometry) -> Result<Event, BadMagic>
+    fn header<I>(&mut self, input: &mut I, geometry: &Geometry) -> Result<Event, BadStream>
     where
         I: Buf + Deref<Target = [u8]>,
     {
-        let Some(bytes) = input.first_chunk::<REQUEST_LEN>() else {
-            return Ok(Event::NeedInput);
-        };
-        let header = RequestHeader::parse(bytes).ok_or(BadMagic)?;
-        input.advance(REQUEST_LEN);
-        let cookie = header.cookie;
+        let Some(parsed) = parse(self.negotiated.headers, input) else { return Ok(Event::NeedInput) };
+        let header = parsed?;
         if header.command == CMD_DISC {
             self.state = State::Ended;
             return Ok(Event::Disconnect);
         }
-        if header.command == CMD_WRITE {
-            return match self.write(&header, geometry) {
-                Some(event) => Ok(event),
-                None => self.next(input, geometry),
-            };
+        match self.negotiated.headers {
+            Headers::Compact if header.command == CMD_WRITE => self.payload(&header, input, geometry),
+            Headers::Extended if header.flags & CMD_FLAG_PAYLOAD_LEN != 0 => {
+                let header = RequestHeader { flags: header.flags & !CMD_FLAG_PAYLOAD_LEN, ..header };
+                if header.len_bytes > u64::from(PAYLOAD_BYTES_MAX) {
+                    return Err(BadStream::PayloadTooLong);
+                }
+                self.payload(&header, input, geometry)
+            }
+            Headers::Compact | Headers::Extended => Ok(event(&header, self.judge(&header, geometry))),
         }
-        Ok(match self.judge(&header, geometry) {
-            Ok(request) => Event::Request { cookie, request },
-            Err(refusal) => Event::Refused { cookie, refusal },
-        })
     }
 
-    /// `None`: its payload is to be skipped.
-    fn write(&mut self, header: &RequestHeader, geometry: &Geometry) -> Option<Event> {
-        let cookie = header.cookie;
-        let checked = allow_flags(header, 0)
-            .and_then(|()| bounded_payload(header, Errno::Inval))
-            .and_then(|()| in_disk(header, geometry, Operation::Write));
-        match checked {
-            Ok(range) if range.is_empty() => {
-                let request = Request::WriteZeroes { range, durability: durability(header) };
-                Some(Event::Request { cookie, request })
-            }
-            Ok(range) => {
-                self.state = State::Announced { left: range };
-                Some(Event::WriteBegins { cookie, range, durability: durability(header) })
-            }
-            Err(refusal) => {
-                self.state = State::Skip { left_bytes: u64::from(header.len_bytes), cookie, refusal };
-                None
-            }
+    /// A request whose length is that of the payload that follows.
+    fn payload<I>(
+        &mut self,
+        header: &RequestHeader,
+        input: &mut I,
+        geometry: &Geometry,
+    ) -> Result<Event, BadStream>
+    where
+        I: Buf + Deref<Target = [u8]>,
+    {
+        let skip = |refusal| State::Skip { left_bytes: header.len_bytes, cookie: header.cookie(), refusal };
+        self.state = match header.command {
+            CMD_WRITE => match self.write(header, geometry) {
+                Ok(event) => return Ok(event),
+                Err(refusal) => skip(refusal),
+            },
+            CMD_BLOCK_STATUS if header.len_bytes <= FILTER_LEN_MAX => State::Filter { header: *header },
+            CMD_BLOCK_STATUS => skip(Refusal::invalid("more metadata contexts than were selected")),
+            _ => skip(Refusal::invalid("this command has no payload")),
+        };
+        self.next(input, geometry)
+    }
+
+    fn write(&mut self, header: &RequestHeader, geometry: &Geometry) -> Result<Event, Refusal> {
+        allow_flags(header, 0)?;
+        bounded_payload(header, Errno::Inval)?;
+        let range = in_disk(header, geometry, Operation::Write)?;
+        let (cookie, durability) = (header.cookie(), durability(header));
+        if range.is_empty() {
+            return Ok(Event::Request { cookie, request: Request::WriteZeroes { range, durability } });
         }
+        self.state = State::Announced { left: range };
+        Ok(Event::WriteBegins { cookie, range, durability })
+    }
+
+    fn filtered_block_status(
+        &self,
+        header: &RequestHeader,
+        payload: &[u8],
+        geometry: &Geometry,
+    ) -> Result<Request, Refusal> {
+        let wrong =
+            || Refusal::invalid("the payload names contexts twice, or that were not selected, or none");
+        let mut fields = Fields(payload);
+        let len_bytes = fields.u64().ok_or_else(wrong)?;
+        let mut ids = Vec::new();
+        while !fields.is_empty() {
+            ids.push(fields.u32().ok_or_else(wrong)?);
+        }
+        let contexts = ContextSet::of_ids(ids, self.negotiated.contexts).ok_or_else(wrong)?;
+        if contexts.is_empty() {
+            return Err(wrong());
+        }
+        block_status(&RequestHeader { len_bytes, ..*header }, contexts, geometry)
     }
 
     fn judge(&self, header: &RequestHeader, geometry: &Geometry) -> Result<Request, Refusal> {
@@ -328,18 +395,8 @@ impl Session {
                 allow_flags(header, 0)?;
                 Ok(Request::Cache { range: in_disk(header, geometry, Operation::Read)? })
             }
-            CMD_BLOCK_STATUS => {
-                allow_flags(header, CMD_FLAG_REQ_ONE)?;
-                if self.negotiated.block_status == BlockStatus::NotSelected {
-                    return Err(Refusal::invalid("no metadata context was selected"));
-                }
-                if header.len_bytes == 0 {
-                    return Err(Refusal::invalid("block status of nothing"));
-                }
-                let range = in_disk(header, geometry, Operation::Read)?;
-                let one = header.flags & CMD_FLAG_REQ_ONE != 0;
-                Ok(Request::BlockStatus { range, extents_max: if one { 1 } else { EXTENTS_MAX } })
-            }
+            CMD_BLOCK_STATUS => block_status(header, self.negotiated.contexts, geometry),
+            CMD_WRITE => Err(Refusal::invalid("a write without the flag that says that its payload follows")),
             _ => Err(Refusal::invalid("unknown command")),
         }
     }
@@ -360,6 +417,44 @@ impl Refusal {
     }
 }
 
+/// The header that `input` begins with, taken; `None` if it is not whole.
+fn parse<I>(headers: Headers, input: &mut I) -> Option<Result<RequestHeader, BadStream>>
+where
+    I: Buf + Deref<Target = [u8]>,
+{
+    let (parsed, len) = match headers {
+        Headers::Compact => (RequestHeader::parse(input.first_chunk()?), REQUEST_LEN),
+        Headers::Extended => (RequestHeader::parse_extended(input.first_chunk()?), EXTENDED_REQUEST_LEN),
+    };
+    input.advance(len);
+    Some(parsed.ok_or(BadStream::BadMagic))
+}
+
+fn event(header: &RequestHeader, judged: Result<Request, Refusal>) -> Event {
+    let cookie = header.cookie();
+    match judged {
+        Ok(request) => Event::Request { cookie, request },
+        Err(refusal) => Event::Refused { cookie, refusal },
+    }
+}
+
+fn block_status(
+    header: &RequestHeader,
+    contexts: ContextSet,
+    geometry: &Geometry,
+) -> Result<Request, Refusal> {
+    allow_flags(header, CMD_FLAG_REQ_ONE)?;
+    if contexts.is_empty() {
+        return Err(Refusal::invalid("no metadata context was selected"));
+    }
+    if header.len_bytes == 0 {
+        return Err(Refusal::invalid("block status of nothing"));
+    }
+    let range = in_disk(header, geometry, Operation::Read)?;
+    let one = header.flags & CMD_FLAG_REQ_ONE != 0;
+    Ok(Request::BlockStatus { range, extents_max: if one { 1 } else { EXTENTS_MAX }, contexts })
+}
+
 fn durability(header: &RequestHeader) -> Durability {
     if header.flags & CMD_FLAG_FUA == 0 { Durability::Acknowledged } else { Durability::Flushed }
 }
@@ -374,7 +469,7 @@ fn allow_flags(header: &RequestHeader, allowed: u16) -> Result<(), Refusal> {
 }
 
 fn bounded_payload(header: &RequestHeader, errno: Errno) -> Result<(), Refusal> {
-    if header.len_bytes <= PAYLOAD_BYTES_MAX {
+    if header.len_bytes <= u64::from(PAYLOAD_BYTES_MAX) {
         Ok(())
     } else {
         Err(Refusal::new(errno, "the request is longer than the largest payload"))
@@ -382,7 +477,7 @@ fn bounded_payload(header: &RequestHeader, errno: Errno) -> Result<(), Refusal> 
 }
 
 fn in_disk(header: &RequestHeader, geometry: &Geometry, operation: Operation) -> Result<ByteRange, Refusal> {
-    check(header.offset_bytes, u64::from(header.len_bytes), geometry, operation)
+    check(header.offset_bytes, header.len_bytes, geometry, operation)
         .map_err(|error| Refusal::of(&error, operation))
 }
 

@@ -13,11 +13,25 @@ fn disk(access: Access) -> Geometry {
 }
 
 fn session(replies: Replies) -> Session {
-    Session::new(Negotiated { replies, block_status: BlockStatus::BaseAllocation })
+    Session::new(Negotiated { replies, headers: Headers::Compact, contexts: ContextSet::first(1) })
+}
+
+fn extended_session() -> Session {
+    let (replies, headers) = (Replies::Structured, Headers::Extended);
+    Session::new(Negotiated { replies, headers, contexts: ContextSet::first(3) })
+}
+
+fn cookie(offset_bytes: u64) -> Cookie {
+    Cookie { number: 9, offset_bytes }
 }
 
 fn request(command: u16, flags: u16, offset_bytes: u64, len_bytes: u32) -> Vec<u8> {
-    RequestHeader { flags, command, cookie: Cookie(9), offset_bytes, len_bytes }.encode().to_vec()
+    let len_bytes = u64::from(len_bytes);
+    RequestHeader { flags, command, cookie: 9, offset_bytes, len_bytes }.encode().to_vec()
+}
+
+fn extended(command: u16, flags: u16, offset_bytes: u64, len_bytes: u64) -> Vec<u8> {
+    RequestHeader { flags, command, cookie: 9, offset_bytes, len_bytes }.encode_extended().to_vec()
 }
 
 /// What the first request comes to: its error, or none.
@@ -30,8 +44,8 @@ fn verdict(
     let mut bytes = BytesMut::from(&request(command, flags, offset_bytes, len_bytes)[..]);
     loop {
         match session.next(&mut bytes, &disk(access)).unwrap() {
-            Event::Refused { cookie, refusal } => {
-                assert_eq!(cookie, Cookie(9));
+            Event::Refused { cookie: named, refusal } => {
+                assert_eq!(named, cookie(offset_bytes));
                 return Some(refusal.errno);
             }
             // A refused payload: its bytes are skipped without being kept.
@@ -111,7 +125,8 @@ fn each_command_flag_and_edge_is_answered_as_the_protocol_wants() {
 
 #[test]
 fn block_status_needs_a_selected_context() {
-    let negotiated = Negotiated { replies: Replies::Structured, block_status: BlockStatus::NotSelected };
+    let contexts = ContextSet::EMPTY;
+    let negotiated = Negotiated { replies: Replies::Structured, headers: Headers::Compact, contexts };
     let mut bytes = BytesMut::from(&request(CMD_BLOCK_STATUS, 0, 0, 512)[..]);
     let event = Session::new(negotiated).next(&mut bytes, &disk(Access::ReadWrite)).unwrap();
     assert!(matches!(event, Event::Refused { refusal: Refusal { errno: Inval, .. }, .. }));
@@ -122,13 +137,112 @@ fn a_trim_leaves_parts_of_sectors_alone() {
     let mut bytes = BytesMut::from(&request(CMD_TRIM, 0, 100, 1500)[..]);
     let event = session(Replies::Simple).next(&mut bytes, &disk(Access::ReadWrite)).unwrap();
     let request = Request::Trim { range: ByteRange::new(512, 1024), durability: Durability::Acknowledged };
-    assert_eq!(event, Event::Request { cookie: Cookie(9), request });
+    assert_eq!(event, Event::Request { cookie: cookie(100), request });
 }
 
 #[test]
 fn a_wrong_magic_number_is_the_end() {
     let mut bytes = BytesMut::from(&[0u8; 28][..]);
-    assert_eq!(session(Replies::Simple).next(&mut bytes, &disk(Access::ReadWrite)), Err(BadMagic));
+    assert_eq!(session(Replies::Simple).next(&mut bytes, &disk(Access::ReadWrite)), Err(BadStream::BadMagic));
+}
+
+/// What the first request with an extended header comes to; what follows it must be heard.
+fn extended_verdict(
+    (command, flags, offset_bytes, len_bytes): (u16, u16, u64, u64),
+    payload: &[u8],
+) -> Event {
+    let mut session = extended_session();
+    let disk = disk(Access::ReadWrite);
+    let header = extended(command, flags, offset_bytes, len_bytes);
+    let mut bytes = BytesMut::from(&[&header, payload, &extended(CMD_FLUSH, 0, 0, 0)].concat()[..]);
+    let event = session.next(&mut bytes, &disk).unwrap();
+    if let Event::WriteBegins { .. } = event {
+        session.receive(1 << 25, Vec::new());
+        assert!(matches!(session.next(&mut bytes, &disk), Ok(Event::WritePiece { .. })));
+    }
+    let flush = Event::Request { cookie: cookie(0), request: Request::Flush };
+    assert_eq!(session.next(&mut bytes, &disk), Ok(flush), "{command} {flags} {offset_bytes} {len_bytes}");
+    event
+}
+
+#[test]
+fn extended_requests_are_judged_by_64_bits_and_their_payload_flag() {
+    const OK: Option<Errno> = None;
+    let (with, one) = (CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE);
+    let table = [
+        ((CMD_READ, 0, 0, 512), OK),
+        ((CMD_READ, 0, 0, 1 << 40), Some(Overflow)),
+        ((CMD_READ, 0, 0, u64::MAX), Some(Overflow)),
+        ((CMD_READ, CMD_FLAG_DF, 0, 512), OK),
+        ((CMD_READ, with, 0, 512), Some(Inval)),
+        ((CMD_WRITE, with, 0, 512), OK),
+        ((CMD_WRITE, with | CMD_FLAG_FUA, 1, 3), OK),
+        ((CMD_WRITE, with, 0, 0), OK),
+        ((CMD_WRITE, 0, 0, 512), Some(Inval)),
+        ((CMD_WRITE, with, SIZE, 512), Some(NoSpc)),
+        ((CMD_WRITE, with | CMD_FLAG_DF, 0, 512), Some(Inval)),
+        ((CMD_TRIM, 0, 0, SIZE), OK),
+        ((CMD_TRIM, 0, 0, 1 << 33), Some(Inval)),
+        ((CMD_TRIM, with, 0, 512), Some(Inval)),
+        ((CMD_CACHE, 0, 0, SIZE), OK),
+        ((CMD_CACHE, 0, 0, u64::MAX), Some(Inval)),
+        ((CMD_WRITE_ZEROES, CMD_FLAG_FAST_ZERO, 0, SIZE), OK),
+        ((CMD_WRITE_ZEROES, 0, 0, 1 << 33), Some(NoSpc)),
+        ((CMD_WRITE_ZEROES, with, 0, 512), Some(Inval)),
+        ((CMD_FLUSH, with, 0, 512), Some(Inval)),
+        ((CMD_FLUSH, with, 0, 0), Some(Inval)),
+        ((CMD_BLOCK_STATUS, one, 0, SIZE), OK),
+        ((CMD_BLOCK_STATUS, 0, 0, SIZE + 1), Some(Inval)),
+        ((CMD_BLOCK_STATUS, with, 0, 0), Some(Inval)),
+        ((CMD_BLOCK_STATUS, with, 0, 9), Some(Inval)),
+        ((CMD_BLOCK_STATUS, with, 0, FILTER_LEN_MAX + 1), Some(Inval)),
+        ((CMD_BLOCK_STATUS, with, 0, 1 << 20), Some(Inval)),
+        ((77, with, 0, 1 << 20), Some(Inval)),
+    ];
+    for (what, expected) in table {
+        let payload = if what.1 & with == 0 { 0 } else { what.3 };
+        let found = match extended_verdict(what, &vec![0; crate::geometry::len_of(payload)]) {
+            Event::Refused { cookie: named, refusal } => {
+                assert_eq!(named, cookie(what.2));
+                Some(refusal.errno)
+            }
+            _ => None,
+        };
+        assert_eq!(found, expected, "{what:?}");
+    }
+}
+
+#[test]
+fn a_payload_of_block_status_picks_contexts_and_the_length() {
+    let ask = |len_bytes: u64, ids: &[u32]| {
+        let ids = ids.iter().flat_map(|id| id.to_be_bytes());
+        let payload: Vec<u8> = len_bytes.to_be_bytes().into_iter().chain(ids).collect();
+        extended_verdict((CMD_BLOCK_STATUS, CMD_FLAG_PAYLOAD_LEN, 512, payload.len() as u64), &payload)
+    };
+    let contexts = ContextSet::of_ids([3, 1], ContextSet::first(3)).unwrap();
+    let request =
+        Request::BlockStatus { range: ByteRange::new(512, 1 << 29), extents_max: EXTENTS_MAX, contexts };
+    assert_eq!(ask(1 << 29, &[3, 1]), Event::Request { cookie: cookie(512), request });
+    for (len_bytes, ids) in
+        [(SIZE, &[1][..]), (0, &[1]), (u64::MAX, &[1]), (512, &[]), (512, &[1, 1]), (512, &[4]), (512, &[0])]
+    {
+        let event = ask(len_bytes, ids);
+        assert!(matches!(event, Event::Refused { refusal: Refusal { errno: Inval, .. }, .. }), "{ids:?}");
+    }
+}
+
+#[test]
+fn an_extended_payload_beyond_the_largest_and_compact_headers_in_extended_mode_are_the_end() {
+    let disk = disk(Access::ReadWrite);
+    let too_long = u64::from(PAYLOAD_BYTES_MAX) + 1;
+    for command in [CMD_WRITE, CMD_READ, CMD_BLOCK_STATUS, 77] {
+        let mut bytes = BytesMut::from(&extended(command, CMD_FLAG_PAYLOAD_LEN, 0, too_long)[..]);
+        assert_eq!(extended_session().next(&mut bytes, &disk), Err(BadStream::PayloadTooLong));
+    }
+    let mut bytes = BytesMut::from(&[request(CMD_FLUSH, 0, 0, 0), vec![0; 4]].concat()[..]);
+    assert_eq!(extended_session().next(&mut bytes, &disk), Err(BadStream::BadMagic));
+    let mut bytes = BytesMut::from(&extended(CMD_FLUSH, 0, 0, 0)[..]);
+    assert_eq!(session(Replies::Structured).next(&mut bytes, &disk), Err(BadStream::BadMagic));
 }
 
 #[test]
@@ -140,7 +254,7 @@ fn nothing_after_goodbye_is_looked_at() {
 }
 
 /// Hears `bytes` in the given pieces, directly into the payload where that is offered, and tells all events.
-fn hear(pieces: &[&[u8]], piece_bytes_max: usize) -> Result<Vec<Event>, BadMagic> {
+fn hear(pieces: &[&[u8]], piece_bytes_max: usize) -> Result<Vec<Event>, BadStream> {
     let mut session = session(Replies::Structured);
     let disk = disk(Access::ReadWrite);
     let mut input = BytesMut::new();
@@ -221,13 +335,13 @@ fn a_write_that_failed_on_its_way_is_refused_once_its_payload_has_passed() {
     session.receive(512, Vec::new());
     assert!(matches!(session.next(&mut input, &disk), Ok(Event::WritePiece { rest: Rest::Follows, .. })));
     let refusal = Refusal::new(Errno::NoSpc, "full");
-    session.skip_payload(Cookie(9), refusal.clone());
+    session.skip_payload(cookie(0), refusal.clone());
     assert_eq!(session.next(&mut input, &disk), Ok(Event::NeedInput));
     assert!(!session.at_boundary());
     input.extend_from_slice(&[vec![1; 400], request(CMD_FLUSH, 0, 0, 0)].concat());
-    assert_eq!(session.next(&mut input, &disk), Ok(Event::Refused { cookie: Cookie(9), refusal }));
+    assert_eq!(session.next(&mut input, &disk), Ok(Event::Refused { cookie: cookie(0), refusal }));
     let request = Request::Flush;
-    assert_eq!(session.next(&mut input, &disk), Ok(Event::Request { cookie: Cookie(9), request }));
+    assert_eq!(session.next(&mut input, &disk), Ok(Event::Request { cookie: cookie(0), request }));
 }
 
 proptest! {

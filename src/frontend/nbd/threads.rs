@@ -253,17 +253,16 @@ impl Core {
     }
 
     fn run_queue(self: &Arc<Self>, scratch: &mut Scratch) {
-        loop {
-            let connection = {
-                let mut queue = self.queue.lock();
-                let connection = queue.pop_front();
-                if !queue.is_empty() {
-                    // Others take what is behind it.
-                    signal(&self.kick);
-                }
-                connection
-            };
-            let Some(connection) = connection else { return };
+        let connection = {
+            let mut queue = self.queue.lock();
+            let connection = queue.pop_front();
+            if !queue.is_empty() {
+                // Others take what is behind it, and sockets that are ready have their turn in between.
+                signal(&self.kick);
+            }
+            connection
+        };
+        if let Some(connection) = connection {
             self.serve(&connection, scratch);
         }
     }
@@ -286,10 +285,17 @@ impl Core {
                 Poll::Ready(result) => break Some(result),
                 Poll::Pending => {}
             }
-            if connection.state.load(Ordering::SeqCst) != TAKEN {
+            let yields = body.transmission.take_yielded();
+            if !yields && connection.state.load(Ordering::SeqCst) != TAKEN {
                 continue;
             }
             body.transmission.suspend(scratch);
+            if yields {
+                // Taken by nobody but the queue: behind all who wait already.
+                self.queue.lock().push_back(connection.clone());
+                signal(&self.kick);
+                return;
+            }
             // Armed while this thread still has it: nobody else arms it for something older.
             if let Err(error) = self.arm(connection.id, &body.transmission) {
                 body.transmission.resume(scratch);

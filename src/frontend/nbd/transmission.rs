@@ -19,10 +19,11 @@ use super::connection::{ConnectionError, Shared};
 use super::handshake::{Negotiated, Replies};
 use super::reply::{Chunk, Outbox, Part};
 use super::session::{Event, Fragments, Payload, Refusal, Request, Rest, Session};
+use super::status::{self, Context as MetaContext, Status, Stretch};
 use super::transport::Transport;
-use super::wire::{Cookie, REQUEST_LEN, REQUESTS_MAX};
+use super::wire::{Cookie, REQUESTS_MAX};
 use super::work::{self, FileParts, Means, WaitPermits};
-use crate::block::{BlockError, BlockHandler, Durability, Extent, ReadPlan, write_at};
+use crate::block::{BlockError, BlockHandler, Durability, ReadPlan, write_at};
 use crate::frontend::Operation;
 use crate::geometry::{ByteRange, len_of};
 use bytes::{Buf, Bytes, BytesMut};
@@ -49,6 +50,8 @@ const SHORT_BYTES_MAX: u64 = 64 * 1024;
 const LONG_WRITE_BYTES_MIN: u64 = 32 * 1024;
 /// A long write goes to the disk in pieces of this length, which the processor's cache holds.
 const WRITE_PIECE_BYTES_MAX: usize = 256 * 1024;
+/// Rounds of one poll: a client that never pauses must not keep the others from their turn.
+const ROUNDS_MAX: u32 = 16;
 /// What a buffer for replies begins with.
 const OUTPUT_BYTES: usize = OUTBOX_BYTES_MAX + 64 * 1024;
 
@@ -104,6 +107,15 @@ pub struct Interest {
     pub send: bool,
 }
 
+/// What a client asked for.
+pub struct Disk {
+    pub handler: Arc<dyn BlockHandler>,
+    /// The metadata contexts that it selected.
+    pub contexts: Arc<[MetaContext]>,
+    /// Ends the connection.
+    pub closed: CancellationToken,
+}
+
 /// What is left when no more is read or written.
 pub struct Ended<T> {
     pub transport: T,
@@ -126,12 +138,15 @@ pub struct Transmission<T> {
     rest: Vec<u8>,
     /// Requests taken since the last receive.
     batch: u32,
+    /// It could have gone on.
+    yields: bool,
     /// The last request was a long write: the next one's payload is not received behind its header.
     expects_long_write: bool,
     waits: Option<Arc<WaitPermits>>,
     session: Session,
     replies: Replies,
     handler: Arc<dyn BlockHandler>,
+    contexts: Arc<[MetaContext]>,
     budget: ConnectionBudget,
     /// The server's stop and the disk's; gone once one has come.
     stop: [Option<Pin<Box<WaitForCancellationFutureOwned>>>; 2],
@@ -244,7 +259,7 @@ enum Done {
     Status {
         cookie: Cookie,
         reservation: Reservation,
-        result: Result<Vec<Extent>, Refusal>,
+        result: Result<Vec<Status>, Refusal>,
     },
 }
 
@@ -255,20 +270,22 @@ impl<T: Transport> Transmission<T> {
         transport: T,
         input: Vec<u8>,
         negotiated: Negotiated,
-        export: (Arc<dyn BlockHandler>, CancellationToken),
+        disk: Disk,
         shared: &Shared,
         waits: Option<Arc<WaitPermits>>,
     ) -> Self {
-        let (handler, closed) = export;
+        let Disk { handler, contexts, closed } = disk;
         Self {
             transport,
             rest: input,
             batch: 0,
+            yields: false,
             expects_long_write: false,
             waits,
             session: Session::new(negotiated),
             replies: negotiated.replies,
             handler,
+            contexts,
             budget: shared.budget.connection(shared.config.connection_bytes_max),
             stop: [shared.stop.clone(), closed].map(|token| Some(Box::pin(token.cancelled_owned()))),
             stopping: None,
@@ -279,7 +296,7 @@ impl<T: Transport> Transmission<T> {
             write: None,
             active: 0,
             in_flight: FuturesUnordered::new(),
-            outbox: Outbox::default(),
+            outbox: Outbox::new(negotiated.headers),
             unflushed: false,
             held: VecDeque::new(),
             stream: Stream::Free,
@@ -331,7 +348,7 @@ impl<T: Transport> Transmission<T> {
         if cause == Cause::Woken {
             self.poll_stop(cx)?;
         }
-        loop {
+        for _ in 0..ROUNDS_MAX {
             let mut progress = self.poll_in_flight(cx);
             progress |= self.take_input(cx, scratch)?;
             if let Some(error) = self.failed.take() {
@@ -346,6 +363,14 @@ impl<T: Transport> Transmission<T> {
                 return Poll::Pending;
             }
         }
+        self.yields = true;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Whether it stopped only to let others have their turn. Once for each time.
+    pub fn take_yielded(&mut self) -> bool {
+        std::mem::take(&mut self.yields)
     }
 
     /// What it waits for, when pending.
@@ -582,11 +607,14 @@ impl<T: Transport> Transmission<T> {
                 drop(reservation);
                 plain(result, Operation::Read)
             })),
-            Request::BlockStatus { range, extents_max } => self.launch(Box::pin(async move {
-                let result = work::block_status(&*handler, range, extents_max).await;
-                let result = result.map_err(|error| Refusal::of(&error, Operation::Read));
-                Done::Status { cookie, reservation, result }
-            })),
+            Request::BlockStatus { range, extents_max, contexts: asked } => {
+                let contexts = Arc::clone(&self.contexts);
+                self.launch(Box::pin(async move {
+                    let result = status::block_status(&*handler, &contexts, asked, range, extents_max).await;
+                    let result = result.map_err(|error| Refusal::of(&error, Operation::Read));
+                    Done::Status { cookie, reservation, result }
+                }));
+            }
         }
     }
 
@@ -713,14 +741,14 @@ impl<T: Transport> Transmission<T> {
             Done::Piece(result) => self.piece_written(result),
             Done::Plain { cookie, result } => {
                 match result {
-                    Ok(()) => self.outbox.put_simple(cookie, 0),
+                    Ok(()) => self.outbox.put_done(cookie),
                     Err(refusal) => self.outbox.put_error(cookie, self.replies, &refusal),
                 }
                 self.active -= 1;
             }
             Done::Status { cookie, reservation, result } => {
                 match result {
-                    Ok(extents) => self.outbox.put_block_status(cookie, &extents),
+                    Ok(answers) => self.outbox.put_block_status(cookie, &answers),
                     Err(refusal) => self.outbox.put_error(cookie, self.replies, &refusal),
                 }
                 self.hold(Held::Bytes(reservation));
@@ -835,7 +863,7 @@ impl<T: Transport> Transmission<T> {
                 received
             }
             None => {
-                let bytes = if self.expects_long_write { REQUEST_LEN } else { INPUT_BYTES };
+                let bytes = if self.expects_long_write { self.session.header_len() } else { INPUT_BYTES };
                 let received = self.transport.poll_receive(cx, scratch.room(bytes))?;
                 if let Poll::Ready(bytes) = received {
                     scratch.end += bytes;
@@ -879,7 +907,10 @@ impl Wanted {
             Self::Write { range, .. } | Self::Read { range, .. } => len_of(range.len()),
             Self::Request { request, .. } => match request {
                 Request::Read { range, .. } | Request::Cache { range } => len_of(range.len()),
-                Request::BlockStatus { extents_max, .. } => *extents_max * size_of::<Extent>(),
+                Request::BlockStatus { extents_max, contexts, .. } => {
+                    // The extents, the answers made of them, and the reply.
+                    *extents_max * contexts.count() * 4 * size_of::<Stretch>()
+                }
                 Request::Flush | Request::Trim { .. } | Request::WriteZeroes { .. } => 0,
             },
         }

@@ -19,6 +19,10 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Before each chunk of a structured reply.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// Before each request with an extended header.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Before each chunk of a reply with an extended header.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flags, ours and the client's: the same two bits.
 pub const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
@@ -35,6 +39,7 @@ pub const FLAG_SEND_DF: u16 = 1 << 7;
 pub const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 pub const FLAG_SEND_CACHE: u16 = 1 << 10;
 pub const FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
+pub const FLAG_BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 
 /// Options.
 pub const OPT_EXPORT_NAME: u32 = 1;
@@ -45,6 +50,7 @@ pub const OPT_GO: u32 = 7;
 pub const OPT_STRUCTURED_REPLY: u32 = 8;
 pub const OPT_LIST_META_CONTEXT: u32 = 9;
 pub const OPT_SET_META_CONTEXT: u32 = 10;
+pub const OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// Types of replies to options.
 pub const REP_ACK: u32 = 1;
@@ -55,6 +61,7 @@ pub const REP_ERR_UNSUP: u32 = (1 << 31) + 1;
 pub const REP_ERR_INVALID: u32 = (1 << 31) + 3;
 pub const REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
 pub const REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
+pub const REP_ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 
 /// Information about an export.
 pub const INFO_EXPORT: u16 = 0;
@@ -78,6 +85,8 @@ pub const CMD_FLAG_NO_HOLE: u16 = 1 << 1;
 pub const CMD_FLAG_DF: u16 = 1 << 2;
 pub const CMD_FLAG_REQ_ONE: u16 = 1 << 3;
 pub const CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// With extended headers only: the length in the header is that of a payload.
+pub const CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
 /// Flag and types of the chunks of a structured reply.
 pub const REPLY_FLAG_DONE: u16 = 1 << 0;
@@ -85,12 +94,12 @@ pub const REPLY_NONE: u16 = 0;
 pub const REPLY_OFFSET_DATA: u16 = 1;
 pub const REPLY_OFFSET_HOLE: u16 = 2;
 pub const REPLY_BLOCK_STATUS: u16 = 5;
+pub const REPLY_BLOCK_STATUS_EXT: u16 = 6;
 pub const REPLY_ERROR: u16 = (1 << 15) + 1;
 pub const REPLY_ERROR_OFFSET: u16 = (1 << 15) + 2;
 
-/// The one metadata context that is served, and its number.
+/// The metadata context of data and holes.
 pub const BASE_ALLOCATION: &str = "base:allocation";
-pub const BASE_ALLOCATION_ID: u32 = 1;
 /// Its states.
 pub const STATE_HOLE: u32 = 1 << 0;
 pub const STATE_ZERO: u32 = 1 << 1;
@@ -137,6 +146,8 @@ impl Errno {
 
 /// Bytes of the header of a request.
 pub const REQUEST_LEN: usize = 28;
+/// The same of an extended one.
+pub const EXTENDED_REQUEST_LEN: usize = 32;
 /// Bytes of the header of an option.
 pub const OPTION_LEN: usize = 16;
 /// Most option data that is looked at.
@@ -163,18 +174,33 @@ pub const EXTENTS_MAX: usize = 4096;
 
 const _: () = assert!(OPTION_BYTES_MAX as usize > STRING_BYTES_MAX + 64, "any name fits its option");
 
-/// Names a request in its replies; means something to the client only.
+/// Which headers requests and replies have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Headers {
+    /// Lengths of 32 bits.
+    #[default]
+    Compact,
+    /// Lengths of 64 bits, and an offset in replies.
+    Extended,
+}
+
+/// Names a request in its replies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Cookie(pub u64);
+pub struct Cookie {
+    /// Means something to the client only.
+    pub number: u64,
+    /// Where the request began: extended replies repeat it.
+    pub offset_bytes: u64,
+}
 
 /// The header of a request, not yet judged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RequestHeader {
     pub flags: u16,
     pub command: u16,
-    pub cookie: Cookie,
+    pub cookie: u64,
     pub offset_bytes: u64,
-    pub len_bytes: u32,
+    pub len_bytes: u64,
 }
 
 impl RequestHeader {
@@ -182,26 +208,61 @@ impl RequestHeader {
     pub fn parse(bytes: &[u8; REQUEST_LEN]) -> Option<Self> {
         let mut fields = Fields(bytes);
         (fields.u32()? == REQUEST_MAGIC).then_some(())?;
+        Self::parse_fields(&mut fields, |fields| fields.u32().map(u64::from))
+    }
+
+    /// The same of an extended header.
+    pub fn parse_extended(bytes: &[u8; EXTENDED_REQUEST_LEN]) -> Option<Self> {
+        let mut fields = Fields(bytes);
+        (fields.u32()? == EXTENDED_REQUEST_MAGIC).then_some(())?;
+        Self::parse_fields(&mut fields, |fields| fields.u64())
+    }
+
+    fn parse_fields(
+        fields: &mut Fields<'_>,
+        len: impl FnOnce(&mut Fields<'_>) -> Option<u64>,
+    ) -> Option<Self> {
         Some(Self {
             flags: fields.u16()?,
             command: fields.u16()?,
-            cookie: Cookie(fields.u64()?),
+            cookie: fields.u64()?,
             offset_bytes: fields.u64()?,
-            len_bytes: fields.u32()?,
+            len_bytes: len(fields)?,
         })
     }
 
+    /// What its replies repeat.
+    pub fn cookie(&self) -> Cookie {
+        Cookie { number: self.cookie, offset_bytes: self.offset_bytes }
+    }
+
     /// As a client sends it.
+    ///
+    /// # Panics
+    /// If the length needs an extended header.
     pub fn encode(&self) -> [u8; REQUEST_LEN] {
         let mut bytes = [0; REQUEST_LEN];
         let mut out = &mut bytes[..];
-        out.put_u32(REQUEST_MAGIC);
+        self.put(&mut out, REQUEST_MAGIC);
+        out.put_u32(u32::try_from(self.len_bytes).expect("compact lengths have 32 bits"));
+        bytes
+    }
+
+    /// As a client with extended headers sends it.
+    pub fn encode_extended(&self) -> [u8; EXTENDED_REQUEST_LEN] {
+        let mut bytes = [0; EXTENDED_REQUEST_LEN];
+        let mut out = &mut bytes[..];
+        self.put(&mut out, EXTENDED_REQUEST_MAGIC);
+        out.put_u64(self.len_bytes);
+        bytes
+    }
+
+    fn put(&self, out: &mut &mut [u8], magic: u32) {
+        out.put_u32(magic);
         out.put_u16(self.flags);
         out.put_u16(self.command);
-        out.put_u64(self.cookie.0);
+        out.put_u64(self.cookie);
         out.put_u64(self.offset_bytes);
-        out.put_u32(self.len_bytes);
-        bytes
     }
 }
 
@@ -302,10 +363,10 @@ pub fn put_option_reply(out: &mut BytesMut, option: u32, reply: u32, data: &[u8]
     out.put_slice(data);
 }
 
-/// Bytes of the header of a chunk.
-pub const CHUNK_LEN: usize = 20;
+/// Most bytes of the header of a chunk.
+pub const CHUNK_LEN_MAX: usize = 32;
 
-/// The header of a chunk of a structured reply.
+/// The header of a chunk of a structured or extended reply.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ChunkHeader {
     pub flags: u16,
@@ -315,13 +376,26 @@ pub struct ChunkHeader {
 }
 
 impl ChunkHeader {
-    /// As a server sends it.
-    pub fn put(&self, out: &mut impl BufMut) {
-        out.put_u32(STRUCTURED_REPLY_MAGIC);
+    /// As a server sends it. Returns how many bytes it has.
+    pub fn put(&self, headers: Headers, out: &mut impl BufMut) -> usize {
+        out.put_u32(match headers {
+            Headers::Compact => STRUCTURED_REPLY_MAGIC,
+            Headers::Extended => EXTENDED_REPLY_MAGIC,
+        });
         out.put_u16(self.flags);
         out.put_u16(self.kind);
-        out.put_u64(self.cookie.0);
-        out.put_u32(self.len_bytes);
+        out.put_u64(self.cookie.number);
+        match headers {
+            Headers::Compact => {
+                out.put_u32(self.len_bytes);
+                20
+            }
+            Headers::Extended => {
+                out.put_u64(self.cookie.offset_bytes);
+                out.put_u64(u64::from(self.len_bytes));
+                CHUNK_LEN_MAX
+            }
+        }
     }
 }
 
@@ -350,7 +424,7 @@ mod tests {
         let header = RequestHeader {
             flags: CMD_FLAG_FUA,
             command: CMD_WRITE,
-            cookie: Cookie(0x0102_0304_0506_0708),
+            cookie: 0x0102_0304_0506_0708,
             offset_bytes: 0x1000,
             len_bytes: 512,
         };
@@ -359,6 +433,13 @@ mod tests {
         ];
         assert_eq!(header.encode(), expected);
         assert_eq!(RequestHeader::parse(&expected), Some(header));
+        let long = RequestHeader { len_bytes: 1 << 40, ..header };
+        let mut expected =
+            [&[0x21, 0xe4, 0x1c, 0x71][..], &expected[4..24], &[0, 0, 1, 0, 0, 0, 0, 0]].concat();
+        assert_eq!(long.encode_extended()[..], expected);
+        assert_eq!(RequestHeader::parse_extended(&long.encode_extended()), Some(long));
+        expected[3] = 0x72;
+        assert_eq!(RequestHeader::parse_extended(&expected.try_into().unwrap()), None);
     }
 
     #[test]
@@ -392,8 +473,10 @@ mod tests {
     proptest! {
         #[test]
         fn headers_come_back_as_they_were(flags: u16, command: u16, cookie: u64, offset_bytes: u64, len_bytes: u32) {
-            let request = RequestHeader { flags, command, cookie: Cookie(cookie), offset_bytes, len_bytes };
+            let request = RequestHeader { flags, command, cookie, offset_bytes, len_bytes: u64::from(len_bytes) };
             prop_assert_eq!(RequestHeader::parse(&request.encode()), Some(request));
+            let request = RequestHeader { len_bytes: offset_bytes, ..request };
+            prop_assert_eq!(RequestHeader::parse_extended(&request.encode_extended()), Some(request));
             let option = OptionHeader { option: len_bytes, len_bytes: u32::from(flags) };
             prop_assert_eq!(OptionHeader::parse(&option.encode()), Some(option));
         }
