@@ -8,6 +8,7 @@ mod daemon;
 mod nbd;
 mod tools;
 
+mod backup;
 mod bad;
 mod flow;
 mod full;

@@ -9,7 +9,7 @@ use super::session::BadStream;
 use super::status::Context;
 use super::transmission::{ClientEnd, Ended, Transmission};
 use super::wire::LIST_MAX;
-use super::{Config, Exports, OpenExport};
+use super::{Config, Exports, OpenExport, past::Past};
 use crate::block::BlockError;
 use bytes::BytesMut;
 use std::future::poll_fn;
@@ -115,6 +115,7 @@ where
 {
     let mut handshake = Handshake::new();
     let mut opened = None;
+    let mut past = Past::default();
     loop {
         let event = handshake.next(input);
         match event {
@@ -133,6 +134,14 @@ where
                     Err(error) => handshake.opened(Err(&error)),
                 }
             }
+            handshake::Event::Past { name, past: wanted, purpose } => {
+                opened = None;
+                let found = match exports.open(&name).await {
+                    Ok(export) => past.find(&*export.handler, wanted, purpose).await,
+                    Err(error) => Err(error),
+                };
+                handshake.past_found(found.as_deref());
+            }
             handshake::Event::NeedInput => {
                 io.write_all_buf(handshake.output()).await?;
                 io.flush().await?;
@@ -144,7 +153,7 @@ where
             handshake::Event::Transmit(negotiated) => {
                 io.write_all_buf(handshake.output()).await?;
                 io.flush().await?;
-                let contexts = handshake.contexts().iter().map(Context::from).collect();
+                let contexts = handshake.contexts().iter().map(|name| past.context(name)).collect();
                 return Ok(opened.map(|export| Agreed { export, negotiated, contexts }));
             }
             handshake::Event::Close(reason) => {

@@ -49,6 +49,17 @@ fn run(pieces: &[&[u8]]) -> (Vec<u8>, Event, BytesMut) {
                 handshake.opened(Ok(&facts(Access::ReadWrite)));
             }
             Event::Open { .. } => handshake.opened(Err(&ExportError::Unknown)),
+            Event::Past { name, past, .. } if name == "vm-7" || name.is_empty() => {
+                let known = ["3", "4"].map(String::from);
+                let found = match past {
+                    PastStates::All => known.to_vec(),
+                    PastStates::Named(named) => {
+                        named.into_iter().filter(|name| known.contains(name)).collect()
+                    }
+                };
+                handshake.past_found(Ok(&found));
+            }
+            Event::Past { .. } => handshake.past_found(Err(&ExportError::Unknown)),
             end => return (handshake.output().to_vec(), end, input),
         }
     }
@@ -173,9 +184,17 @@ fn block_status_holds_only_for_the_disk_it_was_selected_for_and_the_last_selecti
         let negotiated = Negotiated { replies, headers, contexts: ContextSet::first(count) };
         assert_eq!(haggle(&all).1, Event::Transmit(negotiated), "row {index}");
     }
-    for (queries, found) in
-        [(&[][..], 1), (&["base:"][..], 1), (&["base:allocation"][..], 1), (&["qemu:"][..], 0)]
-    {
+    let since = "blockhouse:changed-since:";
+    for (queries, found) in [
+        (&[][..], 3),
+        (&["base:"], 1),
+        (&["base:allocation"], 1),
+        (&["qemu:"], 0),
+        (&["blockhouse:"], 2),
+        (&[since], 2),
+        (&["blockhouse:changed-since:4", "base:"], 2),
+        (&["blockhouse:changed-since:5"], 0),
+    ] {
         let list = option(OPT_LIST_META_CONTEXT, &meta_data("vm-7", queries));
         let (replies, _) = haggle(&[structured.clone(), list]);
         assert_eq!(
@@ -183,6 +202,32 @@ fn block_status_holds_only_for_the_disk_it_was_selected_for_and_the_last_selecti
             found,
             "{queries:?}"
         );
+    }
+}
+
+#[test]
+fn several_contexts_are_selected_with_an_id_each_and_unknown_past_states_do_not_match() {
+    let structured = option(OPT_STRUCTURED_REPLY, &[]);
+    let since = |past: &str| format!("blockhouse:changed-since:{past}");
+    let queries = [since("4"), "base:allocation".into(), since("9"), since("3"), since("4")];
+    let queries: Vec<&str> = queries.iter().map(String::as_str).collect();
+    let set = option(OPT_SET_META_CONTEXT, &meta_data("vm-7", &queries));
+    let go = option(OPT_GO, &info_data("vm-7", &[]));
+    let (answers, end) = haggle(&[structured.clone(), set, go]);
+    let named: Vec<&[u8]> = answers[1..4].iter().map(|(_, _, data)| &data[..]).collect();
+    let expected: [&[u8]; 3] = [
+        b"\0\0\0\x01base:allocation",
+        b"\0\0\0\x02blockhouse:changed-since:4",
+        b"\0\0\0\x03blockhouse:changed-since:3",
+    ];
+    assert_eq!(named, expected);
+    assert!(matches!(end, Event::Transmit(Negotiated { contexts, .. }) if contexts == ContextSet::first(3)));
+
+    let many: Vec<String> = (0..17).map(|past| since(&past.to_string())).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    for number in [OPT_SET_META_CONTEXT, OPT_LIST_META_CONTEXT] {
+        let (answers, _) = haggle(&[structured.clone(), option(number, &meta_data("vm-7", &many))]);
+        assert_eq!((answers.len(), answers[1].1), (2, REP_ERR_TOO_BIG));
     }
 }
 

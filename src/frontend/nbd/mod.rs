@@ -19,7 +19,7 @@
 //! | connections ([`Config::connections_max`]) | the connection is closed at once |
 //! | handshake: [`Config::handshake_timeout`], [`wire::OPTIONS_MAX`] options | the connection is closed |
 //! | option data [`wire::OPTION_BYTES_MAX`] | skipped, answered `ERR_TOO_BIG` |
-//! | names in a listing [`wire::LIST_MAX`] | the list is cut off there |
+//! | names in a listing, of disks or metadata contexts [`wire::LIST_MAX`] | the list is cut off there |
 //! | read and write payload [`wire::PAYLOAD_BYTES_MAX`] | skipped, answered `EINVAL` (`EOVERFLOW` for structured reads); with extended headers a longer payload closes the connection |
 //! | metadata contexts [`context::CONTEXTS_MAX`] | `ERR_TOO_BIG`, and none is selected |
 //! | extents in one answer [`wire::EXTENTS_MAX`] | the answer covers the beginning of the range |
@@ -31,6 +31,7 @@ pub mod budget;
 pub mod connection;
 pub mod context;
 pub mod handshake;
+mod past;
 pub mod reply;
 pub mod server;
 pub mod session;

@@ -209,9 +209,12 @@ impl Session {
             self.state = State::Ended;
             return Ok(Event::Disconnect);
         }
+        let write = header.command == CMD_WRITE;
         match self.negotiated.headers {
-            Headers::Compact if header.command == CMD_WRITE => self.payload(&header, input, geometry),
-            Headers::Extended if header.flags & CMD_FLAG_PAYLOAD_LEN != 0 => {
+            Headers::Compact if write => self.payload(&header, input, geometry),
+            // The protocol wants the flag with each write. QEMU as a client leaves it away, and as a server does not
+            // miss it; its payload follows all the same.
+            Headers::Extended if write || header.flags & CMD_FLAG_PAYLOAD_LEN != 0 => {
                 let header = RequestHeader { flags: header.flags & !CMD_FLAG_PAYLOAD_LEN, ..header };
                 if header.len_bytes > u64::from(PAYLOAD_BYTES_MAX) {
                     return Err(BadStream::PayloadTooLong);
@@ -316,7 +319,6 @@ impl Session {
                 Ok(Request::Cache { range: in_disk(header, geometry, Operation::Read)? })
             }
             CMD_BLOCK_STATUS => block_status(header, self.negotiated.contexts, geometry),
-            CMD_WRITE => Err(Refusal::invalid("a write without the flag that says that its payload follows")),
             _ => Err(Refusal::invalid("unknown command")),
         }
     }

@@ -3,7 +3,7 @@
 //! Owns: constants, and turning headers into bytes and back.
 //! Does not own: what may follow what ([`super::handshake`], [`super::session`]).
 
-use crate::block::{BlockError, ExtentKind};
+use crate::block::{BlockError, ChangeKind, ExtentKind};
 use crate::frontend::Operation;
 use bytes::{BufMut, BytesMut};
 
@@ -103,6 +103,11 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 /// Its states.
 pub const STATE_HOLE: u32 = 1 << 0;
 pub const STATE_ZERO: u32 = 1 << 1;
+/// What our own metadata contexts begin with, and those of changes since a past state, whose name follows.
+pub const OWN_NAMESPACE: &str = "blockhouse:";
+pub const CHANGED_SINCE: &str = "blockhouse:changed-since:";
+/// The state of what differs, or may differ.
+pub const STATE_CHANGED: u32 = 1 << 0;
 
 /// Errors in replies. Their numbers are the protocol's, whatever `errno` is here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -156,7 +161,7 @@ pub const OPTION_BYTES_MAX: u32 = 64 * 1024;
 pub const STRING_BYTES_MAX: usize = 4096;
 /// Options in a handshake.
 pub const OPTIONS_MAX: u32 = 256;
-/// Names in a listing.
+/// Names in a listing, of disks or of past states.
 pub const LIST_MAX: usize = 1000;
 /// Longest description in an answer; the rest is cut off.
 pub const DESCRIPTION_BYTES_MAX: usize = 512;
@@ -396,6 +401,14 @@ impl ChunkHeader {
                 CHUNK_LEN_MAX
             }
         }
+    }
+}
+
+/// State of a stretch in `blockhouse:changed-since:`.
+pub fn change_state(kind: ChangeKind) -> u32 {
+    match kind {
+        ChangeKind::Changed => STATE_CHANGED,
+        ChangeKind::Unchanged => 0,
     }
 }
 
