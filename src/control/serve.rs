@@ -4,7 +4,8 @@
 //! Does not own: what a node does ([`crate::node`]).
 
 use super::api::{AllowedHosts, Api, BindError, Endpoint, Server};
-use super::config::{Config, Loaded};
+use super::config::{Config, Loaded, NbdConfig};
+use crate::frontend::nbd::tls::{TlsConfig, TlsDemand, TlsFiles};
 use crate::node::service::SharedService;
 use crate::node::{Node, NodeConfig};
 use anyhow::Context as _;
@@ -45,6 +46,7 @@ pub async fn start_node(config: Config) -> anyhow::Result<RunningNode> {
     node.runtime_dir = config.state.runtime_dir;
     node.cache_bytes = config.cache.size.0;
     node.nbd.tcp = tcp;
+    node.nbd.tls = tls(&config.nbd);
     node.nbd.unix = Some(config.nbd.socket).filter(|path| !path.as_os_str().is_empty());
     node.nbd.connections_max = usize::try_from(config.limits.nbd_connections)?;
     node.engine.commit_dirty_bytes = config.commit.dirty_bytes.0;
@@ -60,6 +62,15 @@ pub async fn start_node(config: Config) -> anyhow::Result<RunningNode> {
             })
         }),
     })
+}
+
+/// TLS for NBD, if there are files for it.
+fn tls(config: &NbdConfig) -> Option<TlsConfig> {
+    let certificate = config.tls_certificate.clone()?;
+    let files =
+        TlsFiles { certificate, key: config.tls_key.clone()?, client_ca: config.tls_client_ca.clone() };
+    let demand = if config.tls_required { TlsDemand::Required } else { TlsDemand::Offered };
+    Some(TlsConfig { files, demand })
 }
 
 /// A runtime whose threads say in their names what they are for: `async-N` poll futures and never block, `blocking-N` do

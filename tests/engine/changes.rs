@@ -216,7 +216,7 @@ async fn backs_up(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 20, max_shrink_iters: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 20, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn a_backup_of_what_changed_is_the_disk(
         ops in proptest::collection::vec(op(), 4..30),

@@ -4,20 +4,21 @@
 //! Does not own: requests and replies ([`super::transmission`]) or listening ([`super::server`]).
 
 use super::budget::NodeBudget;
-use super::handshake::{self, ExportFacts, Handshake, Negotiated};
+use super::handshake::{self, ExportFacts, Handshake, Negotiated, Security};
 use super::session::BadStream;
 use super::status::Context;
+use super::tls::Tls;
 use super::transmission::{ClientEnd, Ended, Transmission};
 use super::wire::LIST_MAX;
 use super::{Config, Exports, OpenExport, past::Past};
 use crate::block::BlockError;
 use bytes::BytesMut;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 /// Time that a client has to see our end of the stream before the socket is closed under what it still sends.
@@ -28,6 +29,8 @@ pub struct Shared {
     pub config: Config,
     pub exports: Arc<dyn Exports>,
     pub budget: NodeBudget,
+    /// For clients that want it, or have to.
+    pub tls: Option<Tls>,
     /// Ends each connection at the next border between requests.
     pub stop: CancellationToken,
 }
@@ -37,6 +40,10 @@ pub struct Shared {
 pub enum ConnectionError {
     #[error("handshake: {0}")]
     Handshake(&'static str),
+    #[error("TLS: {0}")]
+    Tls(io::Error),
+    #[error("the server stopped before the handshake was over")]
+    Stopped,
     #[error("handshake took too long")]
     HandshakeTimeout,
     #[error(transparent)]
@@ -57,18 +64,48 @@ pub enum ConnectionError {
 ///
 /// # Cancellation
 /// Closes the socket; writes that have begun go on, unacknowledged.
-pub async fn serve<S>(mut io: S, shared: &Shared) -> Result<(), ConnectionError>
+pub async fn serve<S>(io: S, security: Security, shared: &Shared) -> Result<(), ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let mut input = BytesMut::new();
-    let agreed = tokio::select! {
-        agreed = timeout(shared.config.handshake_timeout, negotiate(&mut io, &mut input, &*shared.exports)) => {
-            agreed.map_err(|_| ConnectionError::HandshakeTimeout)??
+    // One time limit for all of it, however often the client is asked to begin anew.
+    let deadline = Instant::now() + shared.config.handshake_timeout;
+    let mut handshake = Handshake::new(security);
+    let (agreed, io) = within(deadline, shared, negotiate(&mut handshake, io, &*shared.exports)).await?;
+    match agreed {
+        Outcome::Gone => Ok(()),
+        Outcome::Agreed(agreed) => transmit(io, agreed, shared).await,
+        Outcome::StartTls => {
+            let Some(tls) = &shared.tls else { return Err(ConnectionError::Handshake("TLS is not set up")) };
+            let accept = async { tls.acceptor().await.accept(io).await.map_err(ConnectionError::Tls) };
+            let io = within(deadline, shared, accept).await?;
+            handshake.secured();
+            let (agreed, io) =
+                within(deadline, shared, negotiate(&mut handshake, io, &*shared.exports)).await?;
+            match agreed {
+                Outcome::Agreed(agreed) => transmit(io, agreed, shared).await,
+                Outcome::Gone | Outcome::StartTls => Ok(()),
+            }
         }
-        () = shared.stop.cancelled() => None,
-    };
-    let Some(Agreed { export, negotiated, contexts }) = agreed else { return Ok(()) };
+    }
+}
+
+async fn within<T>(
+    deadline: Instant,
+    shared: &Shared,
+    step: impl Future<Output = Result<T, ConnectionError>>,
+) -> Result<T, ConnectionError> {
+    tokio::select! {
+        result = timeout_at(deadline, step) => result.map_err(|_| ConnectionError::HandshakeTimeout)?,
+        () = shared.stop.cancelled() => Err(ConnectionError::Stopped),
+    }
+}
+
+async fn transmit<S>(io: S, agreed: Agreed, shared: &Shared) -> Result<(), ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let Agreed { export, negotiated, contexts, input } = agreed;
     let OpenExport { handler, guard, closed, .. } = export;
     let mut transmission = Transmission::new(io, input, negotiated, contexts, handler, closed, shared);
     let result = poll_fn(|cx| transmission.poll(cx)).await;
@@ -98,26 +135,35 @@ async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(mut io: S, client: Clien
 }
 
 /// What a handshake came to.
+enum Outcome {
+    Agreed(Agreed),
+    StartTls,
+    /// The client has left.
+    Gone,
+}
+
 struct Agreed {
     export: OpenExport,
     negotiated: Negotiated,
     /// Those that were selected, in the order of their ids.
     contexts: Arc<[Context]>,
+    /// What came after the handshake.
+    input: BytesMut,
 }
 
 async fn negotiate<S>(
-    io: &mut S,
-    input: &mut BytesMut,
+    handshake: &mut Handshake,
+    mut io: S,
     exports: &dyn Exports,
-) -> Result<Option<Agreed>, ConnectionError>
+) -> Result<(Outcome, S), ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut handshake = Handshake::new();
+    let mut input = BytesMut::new();
     let mut opened = None;
     let mut past = Past::default();
     loop {
-        let event = handshake.next(input);
+        let event = handshake.next(&mut input);
         match event {
             handshake::Event::List => handshake.listed(&exports.list(LIST_MAX).await),
             handshake::Event::Open { name } => {
@@ -143,24 +189,32 @@ where
                 handshake.past_found(found.as_deref());
             }
             handshake::Event::NeedInput => {
-                io.write_all_buf(handshake.output()).await?;
-                io.flush().await?;
+                send(&mut io, handshake).await?;
                 input.reserve(1024);
-                if io.read_buf(input).await? == 0 {
-                    return Ok(None);
+                if io.read_buf(&mut input).await? == 0 {
+                    return Ok((Outcome::Gone, io));
                 }
             }
+            handshake::Event::StartTls => {
+                send(&mut io, handshake).await?;
+                return Ok((Outcome::StartTls, io));
+            }
             handshake::Event::Transmit(negotiated) => {
-                io.write_all_buf(handshake.output()).await?;
-                io.flush().await?;
+                send(&mut io, handshake).await?;
                 let contexts = handshake.contexts().iter().map(|name| past.context(name)).collect();
-                return Ok(opened.map(|export| Agreed { export, negotiated, contexts }));
+                let agreed = opened.map(|export| Agreed { export, negotiated, contexts, input });
+                return Ok((agreed.map_or(Outcome::Gone, Outcome::Agreed), io));
             }
             handshake::Event::Close(reason) => {
-                io.write_all_buf(handshake.output()).await?;
+                send(&mut io, handshake).await?;
                 io.shutdown().await?;
                 return Err(ConnectionError::Handshake(reason));
             }
         }
     }
+}
+
+async fn send<S: AsyncWrite + Unpin>(io: &mut S, handshake: &mut Handshake) -> io::Result<()> {
+    io.write_all_buf(handshake.output()).await?;
+    io.flush().await
 }

@@ -33,7 +33,11 @@ fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
 
 /// Answers questions as a node with the one disk `vm-7` does; gives all output and how it ended.
 fn run(pieces: &[&[u8]]) -> (Vec<u8>, Event, BytesMut) {
-    let mut handshake = Handshake::new();
+    run_with(Handshake::new(Security::Plain), pieces)
+}
+
+/// The same of a handshake that takes TLS as soon as it is wanted.
+fn run_with(mut handshake: Handshake, pieces: &[&[u8]]) -> (Vec<u8>, Event, BytesMut) {
     let mut input = BytesMut::new();
     let mut pieces = pieces.iter();
     loop {
@@ -49,6 +53,7 @@ fn run(pieces: &[&[u8]]) -> (Vec<u8>, Event, BytesMut) {
                 handshake.opened(Ok(&facts(Access::ReadWrite)));
             }
             Event::Open { .. } => handshake.opened(Err(&ExportError::Unknown)),
+            Event::StartTls => handshake.secured(),
             Event::Past { name, past, .. } if name == "vm-7" || name.is_empty() => {
                 let known = ["3", "4"].map(String::from);
                 let found = match past {
@@ -123,7 +128,8 @@ fn malformed_options_are_invalid_and_unknown_ones_unsupported() {
         (OPT_GO, info_data("other", &[]), REP_ERR_UNKNOWN),
         (OPT_SET_META_CONTEXT, meta_data("vm-7", &["base:allocation"]), REP_ERR_INVALID),
         (OPT_LIST_META_CONTEXT, meta_data("vm-7", &[]), REP_ERR_INVALID),
-        (5, vec![], UNSUP),
+        (OPT_STARTTLS, vec![], REP_ERR_POLICY),
+        (4, vec![], UNSUP),
         (OPT_EXTENDED_HEADERS, vec![0], REP_ERR_INVALID),
         (12, vec![], UNSUP),
         (0x7fff_ffff, vec![1, 2, 3], UNSUP),
@@ -233,7 +239,7 @@ fn several_contexts_are_selected_with_an_id_each_and_unknown_past_states_do_not_
 
 #[test]
 fn flags_say_what_the_disk_and_the_client_can() {
-    let mut handshake = Handshake::new();
+    let mut handshake = Handshake::new(Security::Plain);
     let simple = handshake.transmission_flags("vm-7", &facts(Access::ReadWrite));
     assert_eq!(simple & FLAG_SEND_DF, 0);
     assert_ne!(simple & FLAG_SEND_FAST_ZERO, 0);
@@ -276,9 +282,73 @@ fn options_are_counted() {
     assert!(matches!(end, Event::Close(_)));
 }
 
+/// The replies to options of a client of a server with TLS, each sent once the one before was answered.
+fn haggle_with(security: Security, flags: u32, options: &[Vec<u8>]) -> (Vec<(u32, u32)>, Event) {
+    let flags = flags.to_be_bytes();
+    let pieces: Vec<&[u8]> = std::iter::once(&flags[..]).chain(options.iter().map(|one| &one[..])).collect();
+    let (output, end, _) = run_with(Handshake::new(security), &pieces);
+    (replies(&output).into_iter().map(|(option, kind, _)| (option, kind)).collect(), end)
+}
+
+#[test]
+fn a_server_that_requires_tls_tells_nothing_before_it() {
+    let before = [
+        (OPT_LIST, vec![], REP_ERR_TLS_REQD),
+        (OPT_INFO, info_data("vm-7", &[]), REP_ERR_TLS_REQD),
+        (OPT_GO, info_data("vm-7", &[]), REP_ERR_TLS_REQD),
+        (OPT_GO, info_data("other", &[]), REP_ERR_TLS_REQD),
+        (OPT_GO, vec![], REP_ERR_TLS_REQD),
+        (OPT_STRUCTURED_REPLY, vec![], REP_ERR_TLS_REQD),
+        (OPT_EXTENDED_HEADERS, vec![], REP_ERR_TLS_REQD),
+        (OPT_SET_META_CONTEXT, vec![], REP_ERR_TLS_REQD),
+        (77, vec![], REP_ERR_TLS_REQD),
+        (OPT_LIST, vec![0; 70_000], REP_ERR_TLS_REQD),
+        (OPT_STARTTLS, vec![1], REP_ERR_INVALID),
+        (OPT_STARTTLS, vec![], REP_ACK),
+        // And within it nothing is refused for it any more.
+        (OPT_STARTTLS, vec![], REP_ERR_INVALID),
+        (77, vec![], UNSUP),
+    ];
+    let options: Vec<_> = before.iter().map(|(number, data, _)| option(*number, data)).collect();
+    let (answers, end) = haggle_with(Security::Required, 3, &options);
+    let expected: Vec<_> = before.iter().map(|(number, _, kind)| (*number, *kind)).collect();
+    assert_eq!((answers, end), (expected, Event::NeedInput));
+    let name = option(OPT_EXPORT_NAME, b"vm-7");
+    assert!(matches!(haggle_with(Security::Required, 3, &[name]).1, Event::Close(_)));
+    let abort = option(OPT_ABORT, &[]);
+    assert_eq!(haggle_with(Security::Required, 3, &[abort]).0, [(OPT_ABORT, REP_ACK)]);
+}
+
+#[test]
+fn what_was_agreed_before_tls_is_forgotten() {
+    let before = [
+        option(OPT_STRUCTURED_REPLY, &[]),
+        option(OPT_EXTENDED_HEADERS, &[]),
+        option(OPT_SET_META_CONTEXT, &meta_data("vm-7", &["base:allocation"])),
+    ];
+    let (tls, go) = (option(OPT_STARTTLS, &[]), option(OPT_GO, &info_data("vm-7", &[])));
+    let (_, end) = haggle_with(Security::Offered, 3, &[&before[..], &[tls, go.clone()]].concat());
+    let (replies, headers, contexts) = (Replies::Simple, Headers::Compact, ContextSet::EMPTY);
+    assert_eq!(end, Event::Transmit(Negotiated { replies, headers, contexts }));
+    // Where it is only offered, a client may do without.
+    let (_, end) = haggle_with(Security::Offered, 3, &[&before[..], &[go]].concat());
+    assert!(matches!(end, Event::Transmit(Negotiated { headers: Headers::Extended, .. })));
+}
+
+#[test]
+fn bytes_between_the_start_of_tls_and_tls_are_not_honoured() {
+    let injected = [option(OPT_STARTTLS, &[]), option(OPT_STRUCTURED_REPLY, &[])].concat();
+    for len in 17..injected.len() {
+        let (answers, end) = haggle_with(Security::Required, 3, &[injected[..len].to_vec()]);
+        assert!(answers.is_empty() && matches!(end, Event::Close(_)), "{len} bytes");
+    }
+    let (answers, _) = haggle_with(Security::Required, 2, &[option(OPT_STARTTLS, &[])]);
+    assert_eq!(answers, [(OPT_STARTTLS, REP_ERR_INVALID)], "only fixed newstyle has TLS");
+}
+
 #[test]
 fn answers_that_nobody_asked_for_change_nothing() {
-    let mut handshake = Handshake::new();
+    let mut handshake = Handshake::new(Security::Plain);
     handshake.listed(&[]);
     handshake.opened(Ok(&facts(Access::ReadWrite)));
     assert_eq!(handshake.output().len(), 18);

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! socket ─ server (accept, limits, stop)
-//!            └ connection (one task a client) ─ handshake P                          which disk
+//!            └ connection (one task a client) ─ handshake P, tls                     which disk
 //!                └ transmission ─ session P, reply P                                  bytes ⇄ requests
 //!                               └ work ─ BlockHandler                                 requests ⇄ disk
 //! ```
@@ -36,6 +36,7 @@ pub mod reply;
 pub mod server;
 pub mod session;
 pub mod status;
+pub mod tls;
 mod transmission;
 pub mod wire;
 mod work;
@@ -59,6 +60,7 @@ pub struct Config {
     pub unix: Option<PathBuf>,
     /// Permissions of the Unix socket.
     pub unix_mode: u32,
+    pub tls: Option<tls::TlsConfig>,
     /// Clients at one time, over all listeners.
     pub connections_max: usize,
     /// Bytes of reads and writes under way in one connection.
@@ -77,6 +79,7 @@ impl Default for Config {
             tcp: Vec::new(),
             unix: None,
             unix_mode: 0o660,
+            tls: None,
             connections_max: 1024,
             connection_bytes_max: 32 << 20,
             node_bytes_max: 256 << 20,

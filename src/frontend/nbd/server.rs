@@ -5,6 +5,8 @@
 
 use super::budget::NodeBudget;
 use super::connection::{Shared, serve};
+use super::handshake::Security;
+use super::tls::{Tls, TlsDemand, TlsError};
 use super::{Config, Exports};
 use rustix::net::sockopt;
 use std::io;
@@ -25,10 +27,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why the server could not start.
 #[derive(Debug, thiserror::Error)]
-#[error("failed to listen on {address}: {source}")]
-pub struct StartError {
-    pub address: String,
-    pub source: io::Error,
+pub enum StartError {
+    #[error("failed to listen on {address}: {source}")]
+    Listen { address: String, source: io::Error },
+    #[error("TLS for NBD: {0}")]
+    Tls(#[from] TlsError),
 }
 
 /// A server that runs.
@@ -56,10 +59,14 @@ impl Server {
         exports: Arc<dyn Exports>,
         shutdown: CancellationToken,
     ) -> Result<Self, StartError> {
+        let tls = match &config.tls {
+            Some(tls) => Some(Tls::open(tls.files.clone()).await?),
+            None => None,
+        };
         let mut listeners = Vec::with_capacity(config.tcp.len());
         let mut tcp = Vec::with_capacity(config.tcp.len());
         for &address in &config.tcp {
-            let failed = |source| StartError { address: address.to_string(), source };
+            let failed = |source| StartError::Listen { address: address.to_string(), source };
             let listener = TcpListener::bind(address).await.map_err(failed)?;
             tcp.push(listener.local_addr().map_err(failed)?);
             listeners.push(listener);
@@ -68,7 +75,7 @@ impl Server {
             Some(path) => Some(
                 bind_unix(path, config.unix_mode)
                     .await
-                    .map_err(|source| StartError { address: path.display().to_string(), source })?,
+                    .map_err(|source| StartError::Listen { address: path.display().to_string(), source })?,
             ),
             None => None,
         };
@@ -79,6 +86,7 @@ impl Server {
                 budget: NodeBudget::new(config.node_bytes_max),
                 config,
                 exports,
+                tls,
                 stop: stop.clone(),
             }),
             abort: CancellationToken::new(),
@@ -136,7 +144,16 @@ struct Gate {
 }
 
 impl Gate {
-    fn admit<S>(&self, io: S, peer: String)
+    /// What clients of TCP, and what those on this host, may or must do with TLS.
+    fn security(&self) -> (Security, Security) {
+        match self.shared.config.tls.as_ref().map(|tls| tls.demand) {
+            None => (Security::Plain, Security::Plain),
+            Some(TlsDemand::Offered) => (Security::Offered, Security::Offered),
+            Some(TlsDemand::Required) => (Security::Required, Security::Offered),
+        }
+    }
+
+    fn admit<S>(&self, io: S, security: Security, peer: String)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -144,12 +161,13 @@ impl Gate {
             log::warn!("turned NBD client {peer} away: {} are connected", self.shared.config.connections_max);
             return;
         };
-        self.tasks.spawn(run(io, peer, place, Arc::clone(&self.shared), self.abort.clone()));
+        self.tasks.spawn(run(io, security, peer, place, Arc::clone(&self.shared), self.abort.clone()));
     }
 }
 
 async fn run<S>(
     io: S,
+    security: Security,
     peer: String,
     place: OwnedSemaphorePermit,
     shared: Arc<Shared>,
@@ -158,7 +176,7 @@ async fn run<S>(
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     tokio::select! {
-        result = serve(io, &shared) => match result {
+        result = serve(io, security, &shared) => match result {
             Ok(()) => log::debug!("NBD client {peer} left"),
             Err(error) => log::info!("NBD client {peer} dropped: {error}"),
         },
@@ -178,7 +196,7 @@ async fn accept_tcp(listener: TcpListener, gate: Gate) {
                 if let Err(error) = prepare(&stream) {
                     log::debug!("NBD client {peer}: socket options: {error}");
                 }
-                gate.admit(stream, peer.to_string());
+                gate.admit(stream, gate.security().0, peer.to_string());
             }
             Err(error) => pause(&gate, &error).await,
         }
@@ -196,6 +214,7 @@ async fn accept_unix(listener: UnixListener, gate: Gate) {
                 let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
                 gate.admit(
                     stream,
+                    gate.security().1,
                     peer.map_or_else(|| "on the socket".into(), |pid| format!("process {pid}")),
                 );
             }
