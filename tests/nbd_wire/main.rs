@@ -1,4 +1,5 @@
-//! The NBD server on real connections, byte by byte: TLS, and what no well-behaved client does.
+//! The NBD server on real connections, byte by byte: every request against what the protocol demands, TLS, resizing,
+//! clients that mean harm.
 //!
 //! What well-behaved clients make of it is shown in `tests/nbd.rs`.
 #![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
@@ -8,5 +9,8 @@
 mod nbd_disk;
 
 mod client;
+mod hostile;
+mod resize;
+mod table;
 mod tls;
 mod world;

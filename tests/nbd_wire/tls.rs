@@ -51,7 +51,8 @@ impl Files {
             ours: authority("servers"),
             theirs: authority("clients"),
         };
-        files.put("ca-cert.pem", &files.ours.pem());
+        // QEMU wants to know the authority of its own certificate too.
+        files.put("ca-cert.pem", &[files.ours.pem(), files.theirs.pem()].concat());
         files.put("clients-ca.pem", &files.theirs.pem());
         files.put_server("localhost");
         let (certificate, key) = signed(&files.theirs, "client");

@@ -68,6 +68,8 @@ pub struct Transmission<S> {
     handler: Arc<dyn BlockHandler>,
     contexts: Arc<[MetaContext]>,
     budget: ConnectionBudget,
+    /// Hints that run are not worth finishing.
+    left: CancellationToken,
     /// The server's stop and the disk's; gone once one has come.
     stop: [Option<Pin<Box<WaitForCancellationFutureOwned>>>; 2],
     /// Set once no further request is taken: until when the client has to take its replies.
@@ -188,6 +190,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             handler,
             contexts,
             budget: shared.budget.connection(shared.config.connection_bytes_max),
+            left: CancellationToken::new(),
             stop: [shared.stop.clone(), closed].map(|token| Some(Box::pin(token.cancelled_owned()))),
             stopping: None,
             close_timeout: shared.config.close_timeout,
@@ -212,6 +215,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             Incoming::Eof | Incoming::EofUnread => ClientEnd::Closed,
             Incoming::Open | Incoming::Goodbye => ClientEnd::MaySend,
         };
+        self.left.cancel();
         let mut in_flight = self.in_flight;
         let under_way = Box::pin(async move { while in_flight.next().await.is_some() {} });
         Ended { io: self.io, client, under_way }
@@ -254,6 +258,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             if stop.as_mut().is_some_and(|stop| stop.as_mut().poll(cx).is_ready()) {
                 *stop = None;
                 progress = true;
+                self.left.cancel();
                 self.stopping.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.close_timeout)));
             }
         }
@@ -363,11 +368,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             Request::WriteZeroes { range, durability } => self.launch(Box::pin(async move {
                 plain(work::write_zeroes(&*handler, range, durability).await, Operation::Write)
             })),
-            Request::Cache { range } => self.launch(Box::pin(async move {
-                let result = work::cache(&*handler, range).await;
-                drop(reservation);
-                plain(result, Operation::Read)
-            })),
+            Request::Cache { range } => {
+                let left = self.left.clone();
+                self.launch(Box::pin(async move {
+                    // It may be long, and has no effect that anybody waits for.
+                    let result = tokio::select! {
+                        result = work::cache(&*handler, range) => result,
+                        () = left.cancelled() => Ok(()),
+                    };
+                    drop(reservation);
+                    plain(result, Operation::Read)
+                }));
+            }
             Request::BlockStatus { range, extents_max, contexts: asked } => {
                 let contexts = Arc::clone(&self.contexts);
                 self.launch(Box::pin(async move {
@@ -576,7 +588,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             }
         };
         match read {
-            Poll::Ready(0) => self.incoming = Incoming::EofUnread,
+            Poll::Ready(0) => {
+                self.incoming = Incoming::EofUnread;
+                self.left.cancel();
+            }
             Poll::Ready(_) => {}
             Poll::Pending => {
                 if self.input.is_empty() {
