@@ -206,7 +206,7 @@ impl Node {
             if tls { Address::Tls(address) } else { Address::Tcp(address) }
         });
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        let unix = core.config.nbd.unix.iter().map(|path| Address::Unix(absolute(path)));
+        let unix = server.unix_paths().iter().map(|path| Address::Unix(absolute(path)));
         // Set once, here.
         drop(core.addresses.set(tcp.chain(unix).collect()));
         tokio::spawn(core.clone().begin());

@@ -58,6 +58,8 @@ pub struct Config {
     pub tcp: Vec<SocketAddr>,
     /// Path of a Unix socket.
     pub unix: Option<PathBuf>,
+    /// Sockets that somebody else listens on for us; those of a kind take the place of all others of that kind.
+    pub passed: Vec<Arc<Passed>>,
     /// Permissions of the Unix socket.
     pub unix_mode: u32,
     pub tls: Option<tls::TlsConfig>,
@@ -78,6 +80,7 @@ impl Default for Config {
         Self {
             tcp: Vec::new(),
             unix: None,
+            passed: Vec::new(),
             unix_mode: 0o660,
             tls: None,
             connections_max: 1024,
@@ -87,6 +90,13 @@ impl Default for Config {
             close_timeout: Duration::from_secs(10),
         }
     }
+}
+
+/// A socket that listens already. It is not removed at the end.
+#[derive(Debug)]
+pub enum Passed {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener),
 }
 
 /// A disk as it stands in a listing.

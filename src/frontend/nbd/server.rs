@@ -7,7 +7,7 @@ use super::budget::NodeBudget;
 use super::connection::{Shared, serve};
 use super::handshake::Security;
 use super::tls::{Tls, TlsDemand, TlsError};
-use super::{Config, Exports};
+use super::{Config, Exports, Passed};
 use rustix::net::sockopt;
 use std::io;
 use std::net::SocketAddr;
@@ -37,7 +37,9 @@ pub enum StartError {
 /// A server that runs.
 pub struct Server {
     tcp: Vec<SocketAddr>,
+    /// The one that was made here.
     unix: Option<UnixSocket>,
+    unix_paths: Vec<PathBuf>,
     stop: CancellationToken,
     abort: CancellationToken,
     tasks: TaskTracker,
@@ -63,22 +65,28 @@ impl Server {
             Some(tls) => Some(Tls::open(tls.files.clone()).await?),
             None => None,
         };
-        let mut listeners = Vec::with_capacity(config.tcp.len());
+        let Taken { tcp: mut listeners, unix: mut unix_listeners, mut unix_paths } = take(&config.passed)?;
         let mut tcp = Vec::with_capacity(config.tcp.len());
-        for &address in &config.tcp {
+        for listener in &listeners {
+            let failed = |source| StartError::Listen { address: "a socket that was passed".into(), source };
+            tcp.push(listener.local_addr().map_err(failed)?);
+        }
+        let own_tcp: &[SocketAddr] = if listeners.is_empty() { &config.tcp } else { &[] };
+        for &address in own_tcp {
             let failed = |source| StartError::Listen { address: address.to_string(), source };
             let listener = TcpListener::bind(address).await.map_err(failed)?;
             tcp.push(listener.local_addr().map_err(failed)?);
             listeners.push(listener);
         }
-        let unix = match &config.unix {
-            Some(path) => Some(
-                bind_unix(path, config.unix_mode)
-                    .await
-                    .map_err(|source| StartError::Listen { address: path.display().to_string(), source })?,
-            ),
-            None => None,
-        };
+        let mut unix = None;
+        if let Some(path) = config.unix.as_ref().filter(|_| unix_listeners.is_empty()) {
+            let (listener, socket) = bind_unix(path, config.unix_mode)
+                .await
+                .map_err(|source| StartError::Listen { address: path.display().to_string(), source })?;
+            unix_listeners.push(listener);
+            unix_paths.push(path.clone());
+            unix = Some(socket);
+        }
         let stop = shutdown.child_token();
         let gate = Gate {
             places: Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS))),
@@ -96,17 +104,21 @@ impl Server {
         for listener in listeners {
             tasks.spawn(accept_tcp(listener, gate.clone()));
         }
-        let unix = unix.map(|(listener, socket)| {
+        for listener in unix_listeners {
             tasks.spawn(accept_unix(listener, gate.clone()));
-            socket
-        });
+        }
         tasks.close();
-        Ok(Self { tcp, unix, stop, abort, tasks })
+        Ok(Self { tcp, unix, unix_paths, stop, abort, tasks })
     }
 
     /// The TCP addresses it listens on, in the order of the configuration.
     pub fn tcp_addresses(&self) -> &[SocketAddr] {
         &self.tcp
+    }
+
+    /// Paths of the Unix sockets that it listens on.
+    pub fn unix_paths(&self) -> &[PathBuf] {
+        &self.unix_paths
     }
 
     /// Accepts nobody any more, answers what was asked, and closes. What is left after `patience` is cut off.
@@ -126,6 +138,36 @@ impl Server {
             }
         }
     }
+}
+
+/// Listeners that were passed.
+struct Taken {
+    tcp: Vec<TcpListener>,
+    unix: Vec<UnixListener>,
+    /// Where they have one.
+    unix_paths: Vec<PathBuf>,
+}
+
+fn take(passed: &[Arc<Passed>]) -> Result<Taken, StartError> {
+    let failed = |source| StartError::Listen { address: "a socket that was passed".into(), source };
+    let mut taken = Taken { tcp: Vec::new(), unix: Vec::new(), unix_paths: Vec::new() };
+    for listener in passed {
+        match &**listener {
+            Passed::Tcp(listener) => {
+                let listener = listener.try_clone().map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                taken.tcp.push(TcpListener::from_std(listener).map_err(failed)?);
+            }
+            Passed::Unix(listener) => {
+                let listener = listener.try_clone().map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let address = listener.local_addr().map_err(failed)?;
+                taken.unix_paths.extend(address.as_pathname().map(Path::to_owned));
+                taken.unix.push(UnixListener::from_std(listener).map_err(failed)?);
+            }
+        }
+    }
+    Ok(taken)
 }
 
 impl Drop for Server {
