@@ -318,7 +318,7 @@ dirty_bytes = {dirty_bytes}
 age_seconds = {age_seconds}
 
 [limits]
-# Connections beyond these wait until another one ends.
+# HTTP connections beyond this wait until another one ends, NBD clients are turned away.
 http_connections = {http_connections}
 nbd_connections = {nbd_connections}
 ",

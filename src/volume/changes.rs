@@ -107,7 +107,9 @@ pub async fn changes(
             }
         }
         at = stretch.end();
-        tokio::task::yield_now().await;
+        if at < end {
+            tokio::task::yield_now().await;
+        }
     }
     changes.truncate(changes_max);
     Ok(changes)

@@ -61,7 +61,7 @@ const SLOW_WAIT: Duration = Duration::from_millis(5);
 const ZERO_INLINE_BYTES: u64 = 64 << 30;
 /// Blocks that one load fetches at once.
 const LOAD_AT_ONCE: usize = 8;
-/// Bytes that are looked at together for extents: every sector may be one of its own.
+/// Bytes that are looked at for extents without letting others run: every sector may be one of its own.
 const EXTENTS_STRETCH_BYTES: u64 = 64 << 20;
 /// Bytes that one call looks at for extents.
 const EXTENTS_BYTES_MAX: u64 = 64 << 30;
@@ -650,6 +650,9 @@ impl BlockHandler for VolumeHandler {
                     }
                 }
                 at = stretch.end();
+                if at < end {
+                    tokio::task::yield_now().await;
+                }
             }
             extents.truncate(extents_max);
             Ok(extents)

@@ -10,6 +10,7 @@ mod nbd_disk;
 
 mod client;
 mod hostile;
+mod huge;
 mod resize;
 mod table;
 mod tls;

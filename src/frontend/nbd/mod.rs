@@ -17,8 +17,11 @@
 //! | limit | beyond it |
 //! | --- | --- |
 //! | connections ([`Config::connections_max`]) | the connection is closed at once |
-//! | handshake: [`Config::handshake_timeout`], [`wire::OPTIONS_MAX`] options | the connection is closed |
-//! | option data [`wire::OPTION_BYTES_MAX`] | skipped, answered `ERR_TOO_BIG` |
+//! | handshake, TLS included: [`Config::handshake_timeout`], [`wire::OPTIONS_MAX`] options | the connection is closed |
+//! | option data [`wire::OPTION_BYTES_MAX`] | skipped, answered `ERR_TOO_BIG` (`ERR_TLS_REQD` where TLS has to come first) |
+//! | names and other strings [`wire::STRING_BYTES_MAX`] | `ERR_INVALID`; as an export name the connection is closed |
+//! | descriptions and error texts [`wire::DESCRIPTION_BYTES_MAX`], [`wire::MESSAGE_BYTES_MAX`] | cut off |
+//! | files with certificates and keys: 1 MiB | refused at the start; later the old ones stay in use |
 //! | names in a listing, of disks or metadata contexts [`wire::LIST_MAX`] | the list is cut off there |
 //! | read and write payload [`wire::PAYLOAD_BYTES_MAX`] | skipped, answered `EINVAL` (`EOVERFLOW` for structured reads); with extended headers a longer payload closes the connection |
 //! | metadata contexts [`context::CONTEXTS_MAX`] | `ERR_TOO_BIG`, and none is selected |
@@ -26,6 +29,15 @@
 //! | requests under way [`wire::REQUESTS_MAX`] a connection | the server stops reading from that socket |
 //! | bytes under way ([`Config::connection_bytes_max`], [`Config::node_bytes_max`]) | the same |
 //! | replies not taken by the client | the same |
+//! | bytes of one cache hint [`wire::CACHE_BYTES_MAX`] | the rest of its range is not fetched |
+//! | cache hints of clients that leave, or that are made to | given up |
+//! | silence of a TCP client's host: two minutes | keepalive closes the connection |
+//! | replies not taken when the disk or the server goes ([`Config::close_timeout`]) | the connection is closed |
+//!
+//! # A disk that changes its size
+//! NBD has no word for it. Requests are judged by the size of the moment: in what was added they are served at once,
+//! beyond what was cut off they are refused (`EINVAL`, writes and zeroes `ENOSPC`), and block status follows. A client
+//! that is connected still believes the size that it was told; the new one is told to those that ask or connect anew.
 
 pub mod budget;
 pub mod connection;

@@ -8,10 +8,10 @@
 use super::context::{CONTEXTS_MAX, ContextSet};
 use super::handshake::{Negotiated, Replies};
 use super::wire::{
-    CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
-    CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
-    Cookie, EXTENDED_REQUEST_LEN, EXTENTS_MAX, Errno, Fields, Headers, PAYLOAD_BYTES_MAX, REQUEST_LEN,
-    RequestHeader,
+    CACHE_BYTES_MAX, CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA,
+    CMD_FLAG_NO_HOLE, CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE,
+    CMD_WRITE_ZEROES, Cookie, EXTENDED_REQUEST_LEN, EXTENTS_MAX, Errno, Fields, Headers, PAYLOAD_BYTES_MAX,
+    REQUEST_LEN, RequestHeader,
 };
 use crate::block::{BlockError, Durability};
 use crate::frontend::{Operation, check};
@@ -316,7 +316,8 @@ impl Session {
             }
             CMD_CACHE => {
                 allow_flags(header, 0)?;
-                Ok(Request::Cache { range: in_disk(header, geometry, Operation::Read)? })
+                let range = in_disk(header, geometry, Operation::Read)?;
+                Ok(Request::Cache { range: ByteRange::new(range.start(), range.len().min(CACHE_BYTES_MAX)) })
             }
             CMD_BLOCK_STATUS => block_status(header, self.negotiated.contexts, geometry),
             _ => Err(Refusal::invalid("unknown command")),

@@ -175,6 +175,8 @@ pub const BLOCK_BYTES_MIN: u32 = 1;
 pub const BLOCK_BYTES_PREFERRED: u32 = 4096;
 /// Most bytes that one request reads or writes.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
+/// Most bytes that one hint brings into the cache.
+pub const CACHE_BYTES_MAX: u64 = 4 << 30;
 /// Requests under way in one connection.
 pub const REQUESTS_MAX: usize = 128;
 /// Extents in one answer about block status.

@@ -103,6 +103,8 @@ pub async fn cache(handler: &dyn BlockHandler, range: ByteRange) -> Result<(), B
         .try_collect::<()>()
         .await?;
         at_bytes = window.end();
+        // What is here already is looked at without waiting.
+        tokio::task::yield_now().await;
     }
     Ok(())
 }
