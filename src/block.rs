@@ -111,6 +111,25 @@ pub struct Extent {
     pub kind: ExtentKind,
 }
 
+/// A past state of a disk, held to be compared with; means something to the handler that gave it only.
+pub type PastState = Arc<dyn Any + Send + Sync>;
+
+/// Whether a stretch of a disk is as it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ChangeKind {
+    /// It differs, or may differ.
+    Changed,
+    /// It is the same for certain.
+    Unchanged,
+}
+
+/// A stretch of a disk compared with a past state.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Change {
+    pub range: ByteRange,
+    pub kind: ChangeKind,
+}
+
 /// A disk, as frontends see one. Ranges were checked against the size by the frontend's edge
 /// ([`crate::frontend`]); a handler checks again, since the size can shrink in between.
 pub trait BlockHandler: Send + Sync + 'static {
@@ -173,6 +192,40 @@ pub trait BlockHandler: Send + Sync + 'static {
     /// `Invalid`, `Unavailable`.
     fn extents(&self, range: ByteRange, extents_max: usize)
     -> BoxFuture<'_, Result<Vec<Extent>, BlockError>>;
+
+    /// Names of past states that [`BlockHandler::changes_since`] knows: the newest `max`, oldest first.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    fn past_states(&self, max: usize) -> BoxFuture<'_, Result<Vec<String>, BlockError>> {
+        let _ = max;
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
+    /// The past state of that name, if there is one. Names are accepted that [`BlockHandler::past_states`] does not list.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Io`.
+    fn past_state<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<PastState>, BlockError>> {
+        let _ = name;
+        Box::pin(async { Ok(None) })
+    }
+
+    /// What of `range` differs between `past` and now, in order, covering it once; at most `changes_max` stretches, so
+    /// perhaps only its beginning. What was written before the call and is called unchanged would be missing in a
+    /// backup: whoever cannot tell says that everything changed.
+    ///
+    /// # Errors
+    /// `Invalid`, `Unavailable`.
+    fn changes_since<'a>(
+        &'a self,
+        past: &'a PastState,
+        range: ByteRange,
+        changes_max: usize,
+    ) -> BoxFuture<'a, Result<Vec<Change>, BlockError>> {
+        let _ = (past, changes_max);
+        Box::pin(async move { Ok(vec![Change { range, kind: ChangeKind::Changed }]) })
+    }
 
     /// The size, and each change of it.
     fn size_changes(&self) -> watch::Receiver<u64>;

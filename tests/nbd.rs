@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
 
+#[expect(dead_code, reason = "other tests use the rest")]
 mod nbd_disk;
 
 use blockhouse::block::BlockHandler;

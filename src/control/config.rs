@@ -49,6 +49,13 @@ pub struct StateConfig {
 pub struct NbdConfig {
     pub listen: Vec<String>,
     pub socket: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_certificate: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_client_ca: Option<PathBuf>,
+    pub tls_required: bool,
 }
 
 /// Where operators connect.
@@ -97,7 +104,14 @@ impl Default for StateConfig {
 
 impl Default for NbdConfig {
     fn default() -> Self {
-        Self { listen: vec!["127.0.0.1:10809".to_owned()], socket: "state/nbd.sock".into() }
+        Self {
+            listen: vec!["127.0.0.1:10809".to_owned()],
+            socket: "state/nbd.sock".into(),
+            tls_certificate: None,
+            tls_key: None,
+            tls_client_ca: None,
+            tls_required: false,
+        }
     }
 }
 
@@ -168,9 +182,11 @@ impl Loaded {
     /// The settings with all paths resolved.
     pub fn resolved(&self) -> Config {
         let mut config = self.written.clone();
-        let paths =
-            [&mut config.pool.dir, &mut config.state.dir, &mut config.nbd.socket, &mut config.http.socket];
-        for path in paths.into_iter().chain(&mut config.state.runtime_dir) {
+        let nbd = &mut config.nbd;
+        let paths = [&mut config.pool.dir, &mut config.state.dir, &mut nbd.socket, &mut config.http.socket];
+        let maybe = [&mut nbd.tls_certificate, &mut nbd.tls_key, &mut nbd.tls_client_ca];
+        let maybe = maybe.into_iter().flatten().chain(&mut config.state.runtime_dir);
+        for path in paths.into_iter().chain(maybe) {
             *path = self.data_dir.join(&path);
         }
         config
@@ -219,6 +235,16 @@ impl Config {
                 ));
             }
         }
+        let nbd = &self.nbd;
+        match (&nbd.tls_certificate, &nbd.tls_key) {
+            (Some(_), None) => return Err("[nbd] tls_certificate: there is no tls_key to it".to_owned()),
+            (None, Some(_)) => return Err("[nbd] tls_key: there is no tls_certificate to it".to_owned()),
+            (None, None) if nbd.tls_client_ca.is_some() || nbd.tls_required => {
+                let setting = if nbd.tls_required { "tls_required" } else { "tls_client_ca" };
+                return Err(format!("[nbd] {setting}: needs tls_certificate and tls_key"));
+            }
+            (Some(_), Some(_)) | (None, None) => {}
+        }
         if self.commit.age_seconds == 0 {
             return Err("[commit] age_seconds: must be at least 1".to_owned());
         }
@@ -234,10 +260,14 @@ pub fn sample(config: &Config) -> String {
     let text = |value: &str| toml::Value::from(value).to_string();
     let path = |path: &Path| text(&path.to_string_lossy());
     let list = |values: &[String]| toml::Value::from(values.to_vec()).to_string();
-    let runtime_dir = match &config.state.runtime_dir {
-        Some(dir) => format!("runtime_dir = {}", path(dir)),
-        None => "# runtime_dir = \"/run/blockhouse\"".to_owned(),
+    let maybe = |name: &str, value: &Option<PathBuf>, example: &str| match value {
+        Some(value) => format!("{name} = {}", path(value)),
+        None => format!("# {name} = \"{example}\""),
     };
+    let runtime_dir = maybe("runtime_dir", &config.state.runtime_dir, "/run/blockhouse");
+    let tls_certificate = maybe("tls_certificate", &config.nbd.tls_certificate, "tls/server.pem");
+    let tls_key = maybe("tls_key", &config.nbd.tls_key, "tls/server.key");
+    let tls_client_ca = maybe("tls_client_ca", &config.nbd.tls_client_ca, "tls/clients.pem");
     let Config { pool, state, nbd, http, cache, commit, limits } = config;
     format!(
         "\
@@ -255,10 +285,19 @@ dir = {state_dir}
 {runtime_dir}
 
 [nbd]
-# Addresses that NBD clients connect to. There is no access control: keep it to networks that you trust.
+# Addresses that NBD clients connect to. There is no access control but `tls_client_ca`: keep it to networks that you
+# trust.
 listen = {nbd_listen}
 # Unix socket for NBD clients on this host.
 socket = {nbd_socket}
+# TLS for clients that want it: the certificate of this server, with those that lead to its authority, and its key, all
+# PEM. Files that are replaced are used for new connections at once.
+{tls_certificate}
+{tls_key}
+# With this, clients that use TLS must have a certificate signed by one of these authorities.
+{tls_client_ca}
+# Whether clients by TCP must use TLS. Those by the Unix socket never must.
+tls_required = {tls_required}
 
 [http]
 # Address of the API and the web page. There is no access control: keep it to this host.
@@ -279,7 +318,7 @@ dirty_bytes = {dirty_bytes}
 age_seconds = {age_seconds}
 
 [limits]
-# Connections beyond these wait until another one ends.
+# HTTP connections beyond this wait until another one ends, NBD clients are turned away.
 http_connections = {http_connections}
 nbd_connections = {nbd_connections}
 ",
@@ -287,6 +326,7 @@ nbd_connections = {nbd_connections}
         state_dir = path(&state.dir),
         nbd_listen = list(&nbd.listen),
         nbd_socket = path(&nbd.socket),
+        tls_required = nbd.tls_required,
         http_listen = text(&http.listen),
         http_socket = path(&http.socket),
         allowed_hosts = list(&http.allowed_hosts),
@@ -306,7 +346,14 @@ mod tests {
         Config {
             pool: PoolConfig { dir: "/srv/a \"pool\"".into() },
             state: StateConfig { dir: "s".into(), runtime_dir: Some("/run/blockhouse".into()) },
-            nbd: NbdConfig { listen: vec!["[::1]:1".into(), "0.0.0.0:2".into()], socket: "n".into() },
+            nbd: NbdConfig {
+                listen: vec!["[::1]:1".into(), "0.0.0.0:2".into()],
+                socket: "n".into(),
+                tls_certificate: Some("c".into()),
+                tls_key: Some("/k".into()),
+                tls_client_ca: Some("a".into()),
+                tls_required: true,
+            },
             http: HttpConfig {
                 listen: "[::]:3".into(),
                 socket: "h".into(),
@@ -345,6 +392,10 @@ mod tests {
             ("[cache]\nsize = -1", "negative"),
             ("[nbd]\nlisten = [\"localhost\"]", "localhost"),
             ("[http]\nlisten = \"8420\"", "8420"),
+            ("[nbd]\ntls_certificate = \"c\"", "no tls_key"),
+            ("[nbd]\ntls_key = \"k\"", "no tls_certificate"),
+            ("[nbd]\ntls_client_ca = \"a\"", "tls_client_ca: needs"),
+            ("[nbd]\ntls_required = true", "tls_required: needs"),
             ("[commit]\nage_seconds = 0", "age_seconds"),
             ("[limits]\nnbd_connections = 0", "limits"),
         ] {
@@ -364,6 +415,9 @@ mod tests {
         std::fs::write(dir.path().join(CONFIG_FILE), "[pool]\ndir = \"/srv/pool\"").unwrap();
         let loaded = Loaded::load(None, Some(dir.path())).unwrap();
         assert_eq!(loaded.resolved().pool.dir, Path::new("/srv/pool"));
+        let resolved = Loaded { written: changed(), ..loaded.clone() }.resolved();
+        assert_eq!(resolved.nbd.tls_certificate, Some(dir.path().join("c")));
+        assert_eq!(resolved.nbd.tls_key, Some("/k".into()));
         assert_eq!(parse(&loaded.show(), Path::new("shown")).unwrap(), loaded.written);
     }
 

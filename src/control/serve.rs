@@ -4,7 +4,9 @@
 //! Does not own: what a node does ([`crate::node`]).
 
 use super::api::{AllowedHosts, Api, BindError, Endpoint, Server};
-use super::config::{Config, Loaded};
+use super::config::{Config, Loaded, NbdConfig};
+use crate::frontend::nbd::Passed;
+use crate::frontend::nbd::tls::{TlsConfig, TlsDemand, TlsFiles};
 use crate::node::service::SharedService;
 use crate::node::{Node, NodeConfig};
 use anyhow::Context as _;
@@ -13,6 +15,7 @@ use sd_notify::NotifyState;
 use std::fmt::Write as _;
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::runtime::Runtime;
@@ -29,11 +32,12 @@ pub struct RunningNode {
     pub shutdown: Box<dyn FnOnce() -> BoxFuture<'static, anyhow::Result<()>> + Send>,
 }
 
-/// Starts the node that `config` describes; its paths are resolved.
+/// Starts the node that `config` describes; its paths are resolved. NBD sockets that were `passed` take the place of
+/// those of their kind in the settings.
 ///
 /// # Errors
 /// Whatever keeps it from serving: a wrong pool, a state directory in use, a failed recovery.
-pub async fn start_node(config: Config) -> anyhow::Result<RunningNode> {
+pub async fn start_node(config: Config, passed: Vec<Arc<Passed>>) -> anyhow::Result<RunningNode> {
     let mut tcp = Vec::new();
     for address in &config.nbd.listen {
         let found = tokio::net::lookup_host(address).await;
@@ -45,6 +49,8 @@ pub async fn start_node(config: Config) -> anyhow::Result<RunningNode> {
     node.runtime_dir = config.state.runtime_dir;
     node.cache_bytes = config.cache.size.0;
     node.nbd.tcp = tcp;
+    node.nbd.passed = passed;
+    node.nbd.tls = tls(&config.nbd);
     node.nbd.unix = Some(config.nbd.socket).filter(|path| !path.as_os_str().is_empty());
     node.nbd.connections_max = usize::try_from(config.limits.nbd_connections)?;
     node.engine.commit_dirty_bytes = config.commit.dirty_bytes.0;
@@ -60,6 +66,15 @@ pub async fn start_node(config: Config) -> anyhow::Result<RunningNode> {
             })
         }),
     })
+}
+
+/// TLS for NBD, if there are files for it.
+fn tls(config: &NbdConfig) -> Option<TlsConfig> {
+    let certificate = config.tls_certificate.clone()?;
+    let files =
+        TlsFiles { certificate, key: config.tls_key.clone()?, client_ca: config.tls_client_ca.clone() };
+    let demand = if config.tls_required { TlsDemand::Required } else { TlsDemand::Offered };
+    Some(TlsConfig { files, demand })
 }
 
 /// A runtime whose threads say in their names what they are for: `async-N` poll futures and never block, `blocking-N` do
@@ -92,12 +107,14 @@ pub fn runtime(workers: usize) -> io::Result<Runtime> {
 /// # Errors
 /// It could not start, or it could not stop in order.
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
+    let passed = super::activation::listeners()?;
     let workers = std::thread::available_parallelism().map_or(2, usize::from).max(2);
     let runtime = runtime(workers).context("failed to start the runtime")?;
     let stop = CancellationToken::new();
     let daemon = async move {
         stop_on_signals(&stop)?;
-        serve(loaded, start_node, stop, super::cli::print).await
+        let start = |config| start_node(config, passed);
+        serve(loaded, start, stop, super::cli::print).await
     };
     // Spawned, so that all of it runs on threads of the runtime; this one only waits.
     runtime.block_on(async { tokio::spawn(daemon).await.context("the daemon panicked")? })

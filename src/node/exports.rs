@@ -111,16 +111,17 @@ impl NodeExports {
             }
             other => other.map_err(refused)?,
         };
-        let (key, map, size_bytes, description) = match named {
+        let (key, map, size_bytes, description, volume) = match named {
             Named::Volume(_) => {
                 return Err(ExportError::Unavailable("the volume is not attached here".into()));
             }
             Named::Image(image) if !image.is_ready() => {
                 return Err(ExportError::Unavailable("the image is being imported".into()));
             }
-            Named::Image(image) => ((image.uid, 0), image.map, image.size_bytes, image.description),
+            Named::Image(image) => ((image.uid, 0), image.map, image.size_bytes, image.description, None),
             Named::Snapshot(snapshot) => {
-                ((snapshot.uid, snapshot.number), snapshot.map, snapshot.size_bytes, snapshot.description)
+                let key = (snapshot.uid, snapshot.number);
+                (key, snapshot.map, snapshot.size_bytes, snapshot.description, Some(snapshot.uid))
             }
         };
         let known = self.0.readers.0.lock().get(&key).and_then(Weak::upgrade);
@@ -128,7 +129,11 @@ impl NodeExports {
             Some(disk) => disk,
             None => {
                 let base = BaseMap::open(engine, map, size_bytes).await.map_err(refused)?;
-                let disk = Arc::new(ReadOnlyDisk::new(engine.clone(), base, size_bytes));
+                let disk = ReadOnlyDisk::new(engine.clone(), base, size_bytes);
+                let disk = Arc::new(match volume {
+                    None => disk,
+                    Some(uid) => disk.of_volume(uid),
+                });
                 let mut readers = self.0.readers.0.lock();
                 readers.retain(|_, disk| disk.strong_count() > 0);
                 readers.insert(key, Arc::downgrade(&disk));

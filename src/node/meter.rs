@@ -3,7 +3,7 @@
 //! Owns: the counters, and the handler that counts.
 //! Does not own: how they are shown. Nothing here takes a lock or waits.
 
-use crate::block::{BlockError, BlockHandler, Extent, MissingToken, ReadPlan, WriteGrant};
+use crate::block::{BlockError, BlockHandler, Change, Extent, MissingToken, PastState, ReadPlan, WriteGrant};
 use crate::disk::DiskFile;
 use crate::geometry::{ByteRange, Geometry};
 use crate::node::service::VolumeMetrics;
@@ -215,6 +215,23 @@ impl<H: BlockHandler> BlockHandler for Metered<H> {
         extents_max: usize,
     ) -> BoxFuture<'_, Result<Vec<Extent>, BlockError>> {
         self.inner.extents(range, extents_max)
+    }
+
+    fn past_states(&self, max: usize) -> BoxFuture<'_, Result<Vec<String>, BlockError>> {
+        self.inner.past_states(max)
+    }
+
+    fn past_state<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<PastState>, BlockError>> {
+        self.inner.past_state(name)
+    }
+
+    fn changes_since<'a>(
+        &'a self,
+        past: &'a PastState,
+        range: ByteRange,
+        changes_max: usize,
+    ) -> BoxFuture<'a, Result<Vec<Change>, BlockError>> {
+        self.inner.changes_since(past, range, changes_max)
     }
 
     fn size_changes(&self) -> watch::Receiver<u64> {

@@ -16,6 +16,7 @@ pub mod service;
 use crate::clock::{Clock, UnixMillis};
 use crate::disk::Disk;
 use crate::disk::real::{RealDisk, RealDiskConfig, raise_file_limit};
+use crate::frontend::nbd::tls::TlsDemand;
 use crate::frontend::nbd::{self, Server};
 use crate::offload::Offload;
 use crate::store::dir::{DirConfig, DirStore, IfMissing};
@@ -99,6 +100,8 @@ pub struct Core {
 #[derive(Clone, Debug)]
 enum Address {
     Tcp(String),
+    /// Where nobody is served without TLS.
+    Tls(String),
     Unix(PathBuf),
 }
 
@@ -106,6 +109,7 @@ impl Address {
     fn uri(&self, export: &str) -> String {
         match self {
             Self::Tcp(address) => format!("nbd://{address}/{export}"),
+            Self::Tls(address) => format!("nbds://{address}/{export}"),
             Self::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
         }
     }
@@ -196,9 +200,13 @@ impl Node {
         let server = Server::start(core.config.nbd.clone(), exports, core.stopping.clone())
             .await
             .context("failed to start the NBD server")?;
-        let tcp = server.tcp_addresses().iter().map(|address| Address::Tcp(reachable(*address)));
+        let tls = core.config.nbd.tls.as_ref().is_some_and(|tls| tls.demand == TlsDemand::Required);
+        let tcp = server.tcp_addresses().iter().map(|address| {
+            let address = reachable(*address);
+            if tls { Address::Tls(address) } else { Address::Tcp(address) }
+        });
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        let unix = core.config.nbd.unix.iter().map(|path| Address::Unix(absolute(path)));
+        let unix = server.unix_paths().iter().map(|path| Address::Unix(absolute(path)));
         // Set once, here.
         drop(core.addresses.set(tcp.chain(unix).collect()));
         tokio::spawn(core.clone().begin());

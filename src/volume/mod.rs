@@ -7,6 +7,7 @@ pub mod attach;
 pub mod base;
 pub mod cache;
 pub mod catalog;
+pub mod changes;
 pub mod destage;
 pub mod engine;
 pub mod epoch;
@@ -27,7 +28,8 @@ pub mod segment;
 pub mod source;
 
 use crate::block::{
-    BlockError, BlockHandler, Extent, ExtentKind, MissingToken, Piece, ReadPlan, Source, WriteGrant,
+    BlockError, BlockHandler, Change, Extent, ExtentKind, MissingToken, PastState, Piece, ReadPlan, Source,
+    WriteGrant,
 };
 use crate::disk::DiskFile;
 use crate::geometry::{Access, BLOCK_LEN, BlockIndex, ByteRange, Geometry, SECTOR_BYTES, len_of};
@@ -59,6 +61,8 @@ const SLOW_WAIT: Duration = Duration::from_millis(5);
 const ZERO_INLINE_BYTES: u64 = 64 << 30;
 /// Blocks that one load fetches at once.
 const LOAD_AT_ONCE: usize = 8;
+/// Bytes that are looked at for extents without letting others run: every sector may be one of its own.
+const EXTENTS_STRETCH_BYTES: u64 = 64 << 20;
 /// Bytes that one call looks at for extents.
 const EXTENTS_BYTES_MAX: u64 = 64 << 30;
 
@@ -625,7 +629,7 @@ impl BlockHandler for VolumeHandler {
             let end = range.end().min(range.start().saturating_add(EXTENTS_BYTES_MAX));
             let mut at = range.start();
             while at < end && extents.len() <= extents_max {
-                let stretch = ByteRange::new(at, (end - at).min(1 << 30));
+                let stretch = ByteRange::new(at, (end - at).min(EXTENTS_STRETCH_BYTES));
                 let mut kinds = Vec::new();
                 layers.resolve(stretch.grow_to(SECTOR_BYTES), |piece, place| {
                     if let Some(piece) = piece.intersect(stretch) {
@@ -646,9 +650,38 @@ impl BlockHandler for VolumeHandler {
                     }
                 }
                 at = stretch.end();
+                if at < end {
+                    tokio::task::yield_now().await;
+                }
             }
             extents.truncate(extents_max);
             Ok(extents)
+        })
+    }
+
+    fn past_states(&self, max: usize) -> BoxFuture<'_, Result<Vec<String>, BlockError>> {
+        Box::pin(async move { Ok(changes::names(&self.0.engine, &self.0.uid, max).await?) })
+    }
+
+    fn past_state<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<PastState>, BlockError>> {
+        Box::pin(async move { Ok(changes::find(&self.0.engine, &self.0.uid, name).await?) })
+    }
+
+    fn changes_since<'a>(
+        &'a self,
+        past: &'a PastState,
+        range: ByteRange,
+        changes_max: usize,
+    ) -> BoxFuture<'a, Result<Vec<Change>, BlockError>> {
+        Box::pin(async move {
+            let volume = &self.0;
+            volume.check_running()?;
+            if range.end() > volume.size() {
+                return Err(BlockError::Invalid);
+            }
+            let layers = volume.layers.load_full();
+            let now = changes::Now::Layers(&layers);
+            changes::changes(&volume.engine, &volume.uid, now, past, range, changes_max).await
         })
     }
 

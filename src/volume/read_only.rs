@@ -3,10 +3,14 @@
 //! Owns: reads of a map that never changes.
 //! Does not own: keeping that map from a sweep.
 
-use crate::block::{BlockError, BlockHandler, Extent, MissingToken, ReadPlan, WriteGrant};
+use crate::block::{
+    BlockError, BlockHandler, Change, ChangeKind, Extent, MissingToken, PastState, ReadPlan, WriteGrant,
+};
 use crate::geometry::{Access, ByteRange, Geometry};
 use crate::volume::base::{BaseMap, Found};
+use crate::volume::changes;
 use crate::volume::engine::Engine;
+use crate::volume::ids::Uid;
 use crate::volume::{base_extents, cached_or_missing, load_range, missing, push_piece};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -17,6 +21,8 @@ use tokio::sync::watch;
 pub struct ReadOnlyDisk {
     engine: Arc<Engine>,
     base: Arc<BaseMap>,
+    /// Whose snapshot it is.
+    volume: Option<Uid>,
     size_bytes: u64,
     size_changes: watch::Sender<u64>,
     small_writes: tokio::sync::Mutex<()>,
@@ -28,10 +34,16 @@ impl ReadOnlyDisk {
         Self {
             engine,
             base,
+            volume: None,
             size_bytes,
             size_changes: watch::Sender::new(size_bytes),
             small_writes: tokio::sync::Mutex::new(()),
         }
+    }
+
+    /// As a state of that volume, which can be compared with others of its states.
+    pub fn of_volume(self, uid: Uid) -> Self {
+        Self { volume: Some(uid), ..self }
     }
 
     fn check(&self, range: ByteRange) -> Result<(), BlockError> {
@@ -104,6 +116,35 @@ impl BlockHandler for ReadOnlyDisk {
             base_extents(&self.engine, &self.base, range, &mut extents).await?;
             extents.truncate(extents_max);
             Ok(extents)
+        })
+    }
+
+    fn past_states(&self, max: usize) -> BoxFuture<'_, Result<Vec<String>, BlockError>> {
+        Box::pin(async move {
+            let Some(uid) = &self.volume else { return Ok(Vec::new()) };
+            Ok(changes::names(&self.engine, uid, max).await?)
+        })
+    }
+
+    fn past_state<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<PastState>, BlockError>> {
+        Box::pin(async move {
+            let Some(uid) = &self.volume else { return Ok(None) };
+            Ok(changes::find(&self.engine, uid, name).await?)
+        })
+    }
+
+    fn changes_since<'a>(
+        &'a self,
+        past: &'a PastState,
+        range: ByteRange,
+        changes_max: usize,
+    ) -> BoxFuture<'a, Result<Vec<Change>, BlockError>> {
+        Box::pin(async move {
+            self.check(range)?;
+            let Some(uid) = &self.volume else {
+                return Ok(vec![Change { range, kind: ChangeKind::Changed }]);
+            };
+            changes::changes(&self.engine, uid, changes::Now::Map(&self.base), past, range, changes_max).await
         })
     }
 

@@ -70,20 +70,17 @@ impl Place {
 
     /// The same, with the settings that are there.
     pub fn spawn_with(&self, arguments: &[&str]) -> Daemon<'_> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blockhouse"));
+        command.arg("serve").arg("--config").arg(self.path("blockhouse.toml")).args(arguments);
+        self.spawn_command(command.stdin(Stdio::null()).stdout(Stdio::null()))
+    }
+
+    /// A daemon that somebody else starts.
+    pub fn spawn_command(&self, command: &mut Command) -> Daemon<'_> {
         let log = self.path("daemon.log");
         let stderr = OpenOptions::new().create(true).append(true).open(&log).unwrap();
         let log_from = stderr.metadata().unwrap().len();
-        let child = Command::new(env!("CARGO_BIN_EXE_blockhouse"))
-            .arg("serve")
-            .arg("--config")
-            .arg(self.path("blockhouse.toml"))
-            .args(arguments)
-            .env_remove("BLOCKHOUSE_SOCKET")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(stderr)
-            .spawn()
-            .unwrap();
+        let child = command.env_remove("BLOCKHOUSE_SOCKET").stderr(stderr).spawn().unwrap();
         Daemon { place: self, child, log, log_from }
     }
 
@@ -192,7 +189,7 @@ impl Daemon<'_> {
         }
     }
 
-    fn refused(mut self) -> (i32, String) {
+    pub fn refused(mut self) -> (i32, String) {
         let status = self.wait_end();
         let code = status.code().unwrap_or_else(|| panic!("ended by {status}: {}", self.log()));
         assert_ne!(code, 0, "{}", self.log());

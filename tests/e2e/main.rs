@@ -8,6 +8,8 @@ mod daemon;
 mod nbd;
 mod tools;
 
+mod activation;
+mod backup;
 mod bad;
 mod flow;
 mod full;

@@ -4,6 +4,7 @@
 //! (`tests/sim`); L9, L12 and L13 are shown beside the disk and the clean cache, L6 by the model checker.
 #![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
 
+mod changes;
 mod cost;
 mod disk;
 mod local;

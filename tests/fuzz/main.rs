@@ -9,6 +9,7 @@
 mod counting;
 mod golden;
 mod mutate;
+mod nbd;
 mod targets;
 
 use std::fmt::Write;
@@ -52,7 +53,7 @@ fn input(target: &Target, seed: u64) -> Vec<u8> {
 }
 
 fn run(name: &str) {
-    let target = targets::all().into_iter().find(|target| target.name == name).unwrap();
+    let target = targets::all().into_iter().chain(nbd::targets()).find(|target| target.name == name).unwrap();
     for good in &target.seeds {
         assert!(run_one(&target, 0, good), "{name}: a seed is not accepted");
     }
@@ -105,6 +106,26 @@ fn g19_heads() {
 #[test]
 fn g19_epoch_headers() {
     run("epoch header");
+}
+
+#[test]
+fn g19_nbd_headers() {
+    run("nbd headers");
+}
+
+#[test]
+fn g19_nbd_handshakes() {
+    run("nbd handshake");
+}
+
+#[test]
+fn g19_nbd_requests() {
+    run("nbd requests");
+}
+
+#[test]
+fn g19_nbd_sessions() {
+    run("nbd session");
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub struct TestDisk {
     turn: tokio::sync::Mutex<()>,
     flushes: Arc<RwLock<()>>,
     flush_begun: Notify,
+    loads: Arc<RwLock<()>>,
+    load_begun: Notify,
     size: watch::Sender<u64>,
     grants: AtomicU64,
 }
@@ -195,6 +197,8 @@ impl TestDisk {
             turn: tokio::sync::Mutex::new(()),
             flushes: Arc::new(RwLock::new(())),
             flush_begun: Notify::new(),
+            loads: Arc::new(RwLock::new(())),
+            load_begun: Notify::new(),
             size: watch::Sender::new(size_bytes),
             grants: AtomicU64::new(0),
         }
@@ -233,6 +237,15 @@ impl TestDisk {
 
     pub async fn flush_begun(&self) {
         self.flush_begun.notified().await;
+    }
+
+    /// Loads wait until the answer is dropped.
+    pub fn hold_loads(&self) -> OwnedRwLockWriteGuard<()> {
+        self.loads.clone().try_write_owned().expect("nobody loads yet")
+    }
+
+    pub async fn load_begun(&self) {
+        self.load_begun.notified().await;
     }
 
     /// Shows only the first `size_bytes` from now on.
@@ -293,6 +306,8 @@ impl BlockHandler for TestDisk {
 
     fn load<'a>(&'a self, range: ByteRange, _: &'a MissingToken) -> BoxFuture<'a, Result<Bytes, BlockError>> {
         async move {
+            self.load_begun.notify_one();
+            drop(self.loads.read().await);
             tokio::task::yield_now().await;
             let mut bytes = vec![0; len_of(range.len())];
             self.memory.copy(range.start(), &mut bytes);

@@ -4,25 +4,27 @@
 //! Does not own: requests and replies ([`super::transmission`]) or listening ([`super::server`]).
 
 use super::budget::NodeBudget;
-use super::handshake::{self, ExportFacts, Handshake, Negotiated};
+use super::handshake::{self, ExportFacts, Handshake, Negotiated, Security};
 use super::session::BadStream;
 use super::status::Context as MetaContext;
 use super::threads::{Finished, Threads};
+use super::tls::Tls;
 use super::transmission::{Cause, ClientEnd, Disk, Ended, Scratch, Transmission};
 use super::transport::{PlainSocket, Streamed, Transport};
 use super::wire::LIST_MAX;
-use super::{Config, Exports, OpenExport};
+use super::{Config, Exports, OpenExport, past::Past};
 use crate::block::BlockError;
 use bytes::BytesMut;
 use std::cell::RefCell;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 /// Time that a client has to see our end of the stream before the socket is closed under what it still sends.
@@ -63,12 +65,36 @@ impl Client for UnixStream {
     }
 }
 
+/// A pipe within this process.
+impl Client for DuplexStream {
+    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>> {
+        Ok(Err(self))
+    }
+
+    fn from_plain(_: PlainSocket) -> io::Result<Self> {
+        Err(io::Error::other("a pipe is no socket"))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Client for TlsStream<S> {
+    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>> {
+        Ok(Err(self))
+    }
+
+    fn from_plain(_: PlainSocket) -> io::Result<Self> {
+        Err(io::Error::other("a stream under TLS is no plain socket"))
+    }
+}
+
 /// What all connections share.
 pub struct Shared {
-    pub threads: Threads,
+    /// For plain sockets. Without them the clients' tasks serve those too.
+    pub threads: Option<Threads>,
     pub config: Config,
     pub exports: Arc<dyn Exports>,
     pub budget: NodeBudget,
+    /// For clients that want it, or have to.
+    pub tls: Option<Tls>,
     /// Ends each connection at the next border between requests.
     pub stop: CancellationToken,
 }
@@ -78,6 +104,10 @@ pub struct Shared {
 pub enum ConnectionError {
     #[error("handshake: {0}")]
     Handshake(&'static str),
+    #[error("TLS: {0}")]
+    Tls(io::Error),
+    #[error("the server stopped before the handshake was over")]
+    Stopped,
     #[error("handshake took too long")]
     HandshakeTimeout,
     #[error(transparent)]
@@ -98,26 +128,53 @@ pub enum ConnectionError {
 ///
 /// # Cancellation
 /// Closes the socket; writes that have begun go on, unacknowledged.
-pub async fn serve<S: Client>(mut io: S, shared: &Shared) -> Result<(), ConnectionError> {
-    let mut input = BytesMut::new();
-    let agreed = {
-        // Boxed: its memory is given back before the long part begins.
-        let negotiate = Box::pin(negotiate(&mut io, &mut input, &*shared.exports));
-        tokio::select! {
-            agreed = timeout(shared.config.handshake_timeout, negotiate) => {
-                agreed.map_err(|_| ConnectionError::HandshakeTimeout)??
+pub async fn serve<S: Client>(io: S, security: Security, shared: &Shared) -> Result<(), ConnectionError> {
+    // One time limit for all of it, however often the client is asked to begin anew.
+    let deadline = Instant::now() + shared.config.handshake_timeout;
+    let mut handshake = Handshake::new(security);
+    let (agreed, io) = within(deadline, shared, negotiate(&mut handshake, io, &*shared.exports)).await?;
+    match agreed {
+        Outcome::Gone => Ok(()),
+        Outcome::Agreed(agreed) => transmit(io, agreed, shared).await,
+        Outcome::StartTls => {
+            let Some(tls) = &shared.tls else { return Err(ConnectionError::Handshake("TLS is not set up")) };
+            let accept = async { tls.acceptor().await.accept(io).await.map_err(ConnectionError::Tls) };
+            let io = within(deadline, shared, accept).await?;
+            handshake.secured();
+            let (agreed, io) =
+                within(deadline, shared, negotiate(&mut handshake, io, &*shared.exports)).await?;
+            match agreed {
+                Outcome::Agreed(agreed) => transmit(io, agreed, shared).await,
+                Outcome::Gone | Outcome::StartTls => Ok(()),
             }
-            () = shared.stop.cancelled() => None,
         }
-    };
-    let Some(Agreed { export, negotiated, contexts }) = agreed else { return Ok(()) };
+    }
+}
+
+async fn within<T>(
+    deadline: Instant,
+    shared: &Shared,
+    step: impl Future<Output = Result<T, ConnectionError>>,
+) -> Result<T, ConnectionError> {
+    tokio::select! {
+        result = timeout_at(deadline, step) => result.map_err(|_| ConnectionError::HandshakeTimeout)?,
+        () = shared.stop.cancelled() => Err(ConnectionError::Stopped),
+    }
+}
+
+async fn transmit<S: Client>(io: S, agreed: Agreed, shared: &Shared) -> Result<(), ConnectionError> {
+    let Agreed { export, negotiated, contexts, input } = agreed;
     let OpenExport { handler, guard, closed, .. } = export;
     let (input, disk) = (Vec::from(input), Disk { handler, contexts, closed });
-    let (result, ended) = match io.into_plain()? {
-        Ok(socket) => {
-            let waits = Some(shared.threads.waits());
+    let plain = match &shared.threads {
+        Some(threads) => io.into_plain()?.map(|socket| (socket, threads)),
+        None => Err(io),
+    };
+    let (result, ended) = match plain {
+        Ok((socket, threads)) => {
+            let waits = Some(threads.waits());
             let transmission = Transmission::new(socket, input, negotiated, disk, shared, waits);
-            let Finished { result, ended } = shared.threads.serve(transmission).await?;
+            let Finished { result, ended } = threads.serve(transmission).await?;
             let Ended { transport, client, under_way } = ended;
             (result, Ended { transport: S::from_plain(transport)?, client, under_way })
         }
@@ -169,25 +226,35 @@ async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(mut io: S, client: Clien
 }
 
 /// What a handshake came to.
+enum Outcome {
+    Agreed(Agreed),
+    StartTls,
+    /// The client has left.
+    Gone,
+}
+
 struct Agreed {
     export: OpenExport,
     negotiated: Negotiated,
     /// Those that were selected, in the order of their ids.
     contexts: Arc<[MetaContext]>,
+    /// What came after the handshake.
+    input: BytesMut,
 }
 
 async fn negotiate<S>(
-    io: &mut S,
-    input: &mut BytesMut,
+    handshake: &mut Handshake,
+    mut io: S,
     exports: &dyn Exports,
-) -> Result<Option<Agreed>, ConnectionError>
+) -> Result<(Outcome, S), ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut handshake = Handshake::new();
+    let mut input = BytesMut::new();
     let mut opened = None;
+    let mut past = Past::default();
     loop {
-        let event = handshake.next(input);
+        let event = handshake.next(&mut input);
         match event {
             handshake::Event::List => handshake.listed(&exports.list(LIST_MAX).await),
             handshake::Event::Open { name } => {
@@ -204,25 +271,41 @@ where
                     Err(error) => handshake.opened(Err(&error)),
                 }
             }
+            handshake::Event::Past { name, past: wanted, purpose } => {
+                opened = None;
+                let found = match exports.open(&name).await {
+                    Ok(export) => past.find(&*export.handler, wanted, purpose).await,
+                    Err(error) => Err(error),
+                };
+                handshake.past_found(found.as_deref());
+            }
             handshake::Event::NeedInput => {
-                io.write_all_buf(handshake.output()).await?;
-                io.flush().await?;
+                send(&mut io, handshake).await?;
                 input.reserve(1024);
-                if io.read_buf(input).await? == 0 {
-                    return Ok(None);
+                if io.read_buf(&mut input).await? == 0 {
+                    return Ok((Outcome::Gone, io));
                 }
             }
+            handshake::Event::StartTls => {
+                send(&mut io, handshake).await?;
+                return Ok((Outcome::StartTls, io));
+            }
             handshake::Event::Transmit(negotiated) => {
-                io.write_all_buf(handshake.output()).await?;
-                io.flush().await?;
-                let contexts = handshake.contexts().iter().map(MetaContext::from).collect();
-                return Ok(opened.map(|export| Agreed { export, negotiated, contexts }));
+                send(&mut io, handshake).await?;
+                let contexts = handshake.contexts().iter().map(|name| past.context(name)).collect();
+                let agreed = opened.map(|export| Agreed { export, negotiated, contexts, input });
+                return Ok((agreed.map_or(Outcome::Gone, Outcome::Agreed), io));
             }
             handshake::Event::Close(reason) => {
-                io.write_all_buf(handshake.output()).await?;
+                send(&mut io, handshake).await?;
                 io.shutdown().await?;
                 return Err(ConnectionError::Handshake(reason));
             }
         }
     }
+}
+
+async fn send<S: AsyncWrite + Unpin>(io: &mut S, handshake: &mut Handshake) -> io::Result<()> {
+    io.write_all_buf(handshake.output()).await?;
+    io.flush().await
 }

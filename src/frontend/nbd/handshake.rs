@@ -1,19 +1,21 @@
 //! The handshake and option haggling: fixed newstyle. Pure: bytes and answers in, bytes and questions out.
 //!
-//! Owns: which options are understood, what is negotiated, and the limits on a client that has not chosen a disk.
-//! Does not own: sockets and time limits ([`super::connection`]) or which disks there are ([`super::Exports`]).
+//! Owns: which options are understood, what is negotiated, what goes before TLS and what only within, and the limits on
+//! a client that has not chosen a disk.
+//! Does not own: sockets and time limits ([`super::connection`]), TLS itself ([`super::tls`]), or which disks there are
+//! ([`super::Exports`]).
 
-use super::context::{CONTEXTS_MAX, ContextName, ContextSet};
+use super::context::{ContextName, ContextSet, PastStates, Queries};
 use super::wire::{
-    BASE_ALLOCATION, BLOCK_BYTES_MIN, BLOCK_BYTES_PREFERRED, DESCRIPTION_BYTES_MAX,
-    FLAG_BLOCK_STATUS_PAYLOAD, FLAG_CAN_MULTI_CONN, FLAG_FIXED_NEWSTYLE, FLAG_HAS_FLAGS, FLAG_NO_ZEROES,
-    FLAG_READ_ONLY, FLAG_SEND_CACHE, FLAG_SEND_DF, FLAG_SEND_FAST_ZERO, FLAG_SEND_FLUSH, FLAG_SEND_FUA,
-    FLAG_SEND_TRIM, FLAG_SEND_WRITE_ZEROES, Fields, Headers, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT,
-    INFO_NAME, INIT_MAGIC, MESSAGE_BYTES_MAX, OPT_ABORT, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO,
-    OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_BYTES_MAX,
-    OPTION_LEN, OPTION_MAGIC, OPTIONS_MAX, OptionHeader, PAYLOAD_BYTES_MAX, REP_ACK, REP_ERR_EXT_HEADER_REQD,
-    REP_ERR_INVALID, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
-    cut, put_option_reply, string,
+    BLOCK_BYTES_MIN, BLOCK_BYTES_PREFERRED, DESCRIPTION_BYTES_MAX, FLAG_BLOCK_STATUS_PAYLOAD,
+    FLAG_CAN_MULTI_CONN, FLAG_FIXED_NEWSTYLE, FLAG_HAS_FLAGS, FLAG_NO_ZEROES, FLAG_READ_ONLY,
+    FLAG_SEND_CACHE, FLAG_SEND_DF, FLAG_SEND_FAST_ZERO, FLAG_SEND_FLUSH, FLAG_SEND_FUA, FLAG_SEND_TRIM,
+    FLAG_SEND_WRITE_ZEROES, Fields, Headers, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME,
+    INIT_MAGIC, MESSAGE_BYTES_MAX, OPT_ABORT, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_INFO,
+    OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STARTTLS, OPT_STRUCTURED_REPLY,
+    OPTION_BYTES_MAX, OPTION_LEN, OPTION_MAGIC, OPTIONS_MAX, OptionHeader, PAYLOAD_BYTES_MAX, REP_ACK,
+    REP_ERR_EXT_HEADER_REQD, REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_TLS_REQD, REP_ERR_TOO_BIG,
+    REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER, cut, put_option_reply, string,
 };
 use super::{ExportError, ExportListing};
 use crate::geometry::{Access, Geometry};
@@ -28,10 +30,35 @@ pub enum Event {
     List,
     /// The disk of this name: answer with [`Handshake::opened`].
     Open { name: String },
+    /// Past states of the disk of this name: answer with [`Handshake::past_found`].
+    Past { name: String, past: PastStates, purpose: Purpose },
+    /// TLS begins: send what is in [`Handshake::output`], and once it stands, say so with [`Handshake::secured`].
+    StartTls,
     /// Requests follow on the disk that was opened last.
     Transmit(Negotiated),
     /// Over: send what is in [`Handshake::output`], then close. The reason is for a log.
     Close(&'static str),
+}
+
+/// What a connection offers and demands of TLS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Security {
+    /// There is none.
+    Plain,
+    Offered,
+    /// Nothing is told or served without.
+    Required,
+    /// It stands.
+    Secured,
+}
+
+/// What past states are asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// To be named.
+    List,
+    /// To be compared with: they take the place of those before.
+    Select,
 }
 
 /// What was agreed on for the requests that follow.
@@ -66,6 +93,8 @@ pub struct Handshake {
     /// Bytes for the client, in order.
     output: BytesMut,
     options: u32,
+    security: Security,
+    style: Style,
     padding: Padding,
     replies: Replies,
     headers: Headers,
@@ -89,7 +118,7 @@ enum Question {
     List,
     ExportName { name: String },
     Info { option: u32, name: String, wanted: Vec<u16> },
-    MetaContext { option: u32, name: String, matches: Vec<ContextName> },
+    MetaContext { option: u32, name: String, queries: Queries },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -98,15 +127,16 @@ enum Padding {
     None,
 }
 
-impl Default for Handshake {
-    fn default() -> Self {
-        Self::new()
-    }
+/// What the client says of itself; only fixed newstyle has errors, and so TLS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Style {
+    Newstyle,
+    FixedNewstyle,
 }
 
 impl Handshake {
     /// The greeting is in the output at once.
-    pub fn new() -> Self {
+    pub fn new(security: Security) -> Self {
         let mut output = BytesMut::new();
         output.put_u64(INIT_MAGIC);
         output.put_u64(OPTION_MAGIC);
@@ -115,10 +145,23 @@ impl Handshake {
             state: State::ClientFlags,
             output,
             options: 0,
+            security,
+            style: Style::Newstyle,
             padding: Padding::Zeroes,
             replies: Replies::Simple,
             headers: Headers::Compact,
             selected: None,
+        }
+    }
+
+    /// Goes on within TLS, having forgotten what was agreed before it, which may have been said by somebody else.
+    pub fn secured(&mut self) {
+        if matches!(self.state, State::Done(Event::StartTls)) {
+            self.state = State::Header;
+            self.security = Security::Secured;
+            self.replies = Replies::Simple;
+            self.headers = Headers::Compact;
+            self.selected = None;
         }
     }
 
@@ -176,12 +219,9 @@ impl Handshake {
             }
         };
         self.state = match (question, result) {
-            (Question::List, _) => State::Asked(Question::List),
+            (question @ (Question::List | Question::MetaContext { .. }), _) => State::Asked(question),
             (Question::ExportName { .. }, Err(_)) => close("the client asked for a disk that is not served"),
-            (
-                Question::Info { option, name, .. } | Question::MetaContext { option, name, .. },
-                Err(error),
-            ) => {
+            (Question::Info { option, name, .. }, Err(error)) => {
                 self.unknown(option, &name, error);
                 State::Header
             }
@@ -197,10 +237,20 @@ impl Handshake {
                 self.info(option, &name, facts, &wanted);
                 if option == OPT_GO { self.transmit(&name) } else { State::Header }
             }
-            (Question::MetaContext { option, name, matches }, Ok(_)) => {
-                self.meta_context(option, name, matches)
-            }
         };
+    }
+
+    /// Answers [`Event::Past`] with the names of the past states that there are.
+    pub fn past_found(&mut self, found: Result<&[String], &ExportError>) {
+        match std::mem::replace(&mut self.state, State::Header) {
+            State::Asked(Question::MetaContext { option, name, queries }) => match found {
+                Ok(found) => {
+                    self.state = self.meta_context(option, name, queries.contexts(found));
+                }
+                Err(error) => self.unknown(option, &name, error),
+            },
+            other => self.state = other,
+        }
     }
 
     /// The contexts that were selected for the disk that is transmitted, in the order of their ids.
@@ -210,9 +260,6 @@ impl Handshake {
 
     fn meta_context(&mut self, option: u32, name: String, contexts: Vec<ContextName>) -> State {
         let set = option == OPT_SET_META_CONTEXT;
-        if set && contexts.len() > CONTEXTS_MAX {
-            return self.refuse(option, REP_ERR_TOO_BIG, "too many metadata contexts");
-        }
         for (id, context) in (1..).zip(&contexts) {
             let mut data = Vec::new();
             data.put_u32(if set { id } else { 0 });
@@ -234,6 +281,9 @@ impl Handshake {
         let known = u32::from(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
         if flags & !known != 0 {
             return Ok(close("the client set flags that were not offered"));
+        }
+        if flags & u32::from(FLAG_FIXED_NEWSTYLE) != 0 {
+            self.style = Style::FixedNewstyle;
         }
         if flags & u32::from(FLAG_NO_ZEROES) != 0 {
             self.padding = Padding::None;
@@ -269,8 +319,12 @@ impl Handshake {
         if left_bytes > 0 {
             return Err((Event::NeedInput, State::Skip { option, left_bytes }));
         }
-        self.refuse(option, REP_ERR_TOO_BIG, "the option is too long");
-        Ok(State::Header)
+        Ok(match self.security {
+            Security::Required => self.refuse(option, REP_ERR_TLS_REQD, TLS_REQUIRED),
+            Security::Plain | Security::Offered | Security::Secured => {
+                self.refuse(option, REP_ERR_TOO_BIG, "the option is too long")
+            }
+        })
     }
 
     fn data(&mut self, header: OptionHeader, input: &mut BytesMut) -> Step {
@@ -279,10 +333,40 @@ impl Handshake {
             return Err((Event::NeedInput, State::Data(header)));
         }
         let data = input.split_to(len);
+        if header.option == OPT_STARTTLS {
+            return Ok(self.start_tls(&data, input));
+        }
         Ok(self.option(header.option, &data))
     }
 
+    fn start_tls(&mut self, data: &[u8], input: &BytesMut) -> State {
+        match self.security {
+            Security::Plain => self.refuse(OPT_STARTTLS, REP_ERR_POLICY, "TLS is not set up on this server"),
+            Security::Secured => self.refuse(OPT_STARTTLS, REP_ERR_INVALID, "TLS is in use already"),
+            Security::Offered | Security::Required => {
+                if !data.is_empty() {
+                    return self.refuse(OPT_STARTTLS, REP_ERR_INVALID, "this option takes no data");
+                }
+                if self.style == Style::Newstyle {
+                    return self.refuse(OPT_STARTTLS, REP_ERR_INVALID, "TLS needs fixed newstyle");
+                }
+                // Whatever came behind it was not said within TLS, and must not be taken for that later.
+                if !input.is_empty() {
+                    return close("bytes came between the start of TLS and TLS");
+                }
+                put_option_reply(&mut self.output, OPT_STARTTLS, REP_ACK, &[]);
+                State::Done(Event::StartTls)
+            }
+        }
+    }
+
     fn option(&mut self, option: u32, data: &[u8]) -> State {
+        if self.security == Security::Required && option != OPT_ABORT {
+            return match option {
+                OPT_EXPORT_NAME => close("the client asked for a disk without TLS"),
+                _ => self.refuse(option, REP_ERR_TLS_REQD, TLS_REQUIRED),
+            };
+        }
         match option {
             OPT_EXPORT_NAME if self.headers == Headers::Extended => {
                 close("the client asked for a disk in a way that extended headers exclude")
@@ -329,8 +413,11 @@ impl Handshake {
                         "negotiate structured replies or extended headers first",
                     );
                 }
-                match parse_meta_context(option, data) {
-                    Some((name, matches)) => State::Asked(Question::MetaContext { option, name, matches }),
+                match Queries::parse(option, data) {
+                    Some((_, queries)) if queries.are_too_many() => {
+                        self.refuse(option, REP_ERR_TOO_BIG, "too many metadata contexts")
+                    }
+                    Some((name, queries)) => State::Asked(Question::MetaContext { option, name, queries }),
                     None => self.refuse(option, REP_ERR_INVALID, "the option is malformed"),
                 }
             }
@@ -416,12 +503,16 @@ impl Question {
     fn event(&self) -> Event {
         match self {
             Self::List => Event::List,
-            Self::ExportName { name } | Self::Info { name, .. } | Self::MetaContext { name, .. } => {
-                Event::Open { name: name.clone() }
+            Self::ExportName { name } | Self::Info { name, .. } => Event::Open { name: name.clone() },
+            Self::MetaContext { option, name, queries } => {
+                let purpose = if *option == OPT_SET_META_CONTEXT { Purpose::Select } else { Purpose::List };
+                Event::Past { name: name.clone(), past: queries.past.clone(), purpose }
             }
         }
     }
 }
+
+const TLS_REQUIRED: &str = "this server wants TLS first";
 
 fn close(reason: &'static str) -> State {
     State::Done(Event::Close(reason))
@@ -449,21 +540,6 @@ fn parse_info(data: &[u8]) -> Option<(String, Vec<u16>)> {
     let count = fields.u16()?;
     let wanted = (0..count).map(|_| fields.u16()).collect::<Option<Vec<_>>>()?;
     fields.is_empty().then_some((name, wanted))
-}
-
-/// The disk, and which contexts the queries mean.
-fn parse_meta_context(option: u32, data: &[u8]) -> Option<(String, Vec<ContextName>)> {
-    let mut fields = Fields(data);
-    let name = fields.string()?.to_owned();
-    let count = fields.u32()?;
-    let list = option == OPT_LIST_META_CONTEXT;
-    let mut matches = list && count == 0;
-    for _ in 0..count {
-        let query = fields.string()?;
-        matches |= query == BASE_ALLOCATION || (list && query == "base:");
-    }
-    let contexts = if matches { vec![ContextName::Allocation] } else { Vec::new() };
-    fields.is_empty().then_some((name, contexts))
 }
 
 #[cfg(test)]

@@ -33,7 +33,11 @@ fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
 
 /// Answers questions as a node with the one disk `vm-7` does; gives all output and how it ended.
 fn run(pieces: &[&[u8]]) -> (Vec<u8>, Event, BytesMut) {
-    let mut handshake = Handshake::new();
+    run_with(Handshake::new(Security::Plain), pieces)
+}
+
+/// The same of a handshake that takes TLS as soon as it is wanted.
+fn run_with(mut handshake: Handshake, pieces: &[&[u8]]) -> (Vec<u8>, Event, BytesMut) {
     let mut input = BytesMut::new();
     let mut pieces = pieces.iter();
     loop {
@@ -49,6 +53,18 @@ fn run(pieces: &[&[u8]]) -> (Vec<u8>, Event, BytesMut) {
                 handshake.opened(Ok(&facts(Access::ReadWrite)));
             }
             Event::Open { .. } => handshake.opened(Err(&ExportError::Unknown)),
+            Event::StartTls => handshake.secured(),
+            Event::Past { name, past, .. } if name == "vm-7" || name.is_empty() => {
+                let known = ["3", "4"].map(String::from);
+                let found = match past {
+                    PastStates::All => known.to_vec(),
+                    PastStates::Named(named) => {
+                        named.into_iter().filter(|name| known.contains(name)).collect()
+                    }
+                };
+                handshake.past_found(Ok(&found));
+            }
+            Event::Past { .. } => handshake.past_found(Err(&ExportError::Unknown)),
             end => return (handshake.output().to_vec(), end, input),
         }
     }
@@ -112,7 +128,8 @@ fn malformed_options_are_invalid_and_unknown_ones_unsupported() {
         (OPT_GO, info_data("other", &[]), REP_ERR_UNKNOWN),
         (OPT_SET_META_CONTEXT, meta_data("vm-7", &["base:allocation"]), REP_ERR_INVALID),
         (OPT_LIST_META_CONTEXT, meta_data("vm-7", &[]), REP_ERR_INVALID),
-        (5, vec![], UNSUP),
+        (OPT_STARTTLS, vec![], REP_ERR_POLICY),
+        (4, vec![], UNSUP),
         (OPT_EXTENDED_HEADERS, vec![0], REP_ERR_INVALID),
         (12, vec![], UNSUP),
         (0x7fff_ffff, vec![1, 2, 3], UNSUP),
@@ -173,9 +190,17 @@ fn block_status_holds_only_for_the_disk_it_was_selected_for_and_the_last_selecti
         let negotiated = Negotiated { replies, headers, contexts: ContextSet::first(count) };
         assert_eq!(haggle(&all).1, Event::Transmit(negotiated), "row {index}");
     }
-    for (queries, found) in
-        [(&[][..], 1), (&["base:"][..], 1), (&["base:allocation"][..], 1), (&["qemu:"][..], 0)]
-    {
+    let since = "blockhouse:changed-since:";
+    for (queries, found) in [
+        (&[][..], 3),
+        (&["base:"], 1),
+        (&["base:allocation"], 1),
+        (&["qemu:"], 0),
+        (&["blockhouse:"], 2),
+        (&[since], 2),
+        (&["blockhouse:changed-since:4", "base:"], 2),
+        (&["blockhouse:changed-since:5"], 0),
+    ] {
         let list = option(OPT_LIST_META_CONTEXT, &meta_data("vm-7", queries));
         let (replies, _) = haggle(&[structured.clone(), list]);
         assert_eq!(
@@ -187,8 +212,34 @@ fn block_status_holds_only_for_the_disk_it_was_selected_for_and_the_last_selecti
 }
 
 #[test]
+fn several_contexts_are_selected_with_an_id_each_and_unknown_past_states_do_not_match() {
+    let structured = option(OPT_STRUCTURED_REPLY, &[]);
+    let since = |past: &str| format!("blockhouse:changed-since:{past}");
+    let queries = [since("4"), "base:allocation".into(), since("9"), since("3"), since("4")];
+    let queries: Vec<&str> = queries.iter().map(String::as_str).collect();
+    let set = option(OPT_SET_META_CONTEXT, &meta_data("vm-7", &queries));
+    let go = option(OPT_GO, &info_data("vm-7", &[]));
+    let (answers, end) = haggle(&[structured.clone(), set, go]);
+    let named: Vec<&[u8]> = answers[1..4].iter().map(|(_, _, data)| &data[..]).collect();
+    let expected: [&[u8]; 3] = [
+        b"\0\0\0\x01base:allocation",
+        b"\0\0\0\x02blockhouse:changed-since:4",
+        b"\0\0\0\x03blockhouse:changed-since:3",
+    ];
+    assert_eq!(named, expected);
+    assert!(matches!(end, Event::Transmit(Negotiated { contexts, .. }) if contexts == ContextSet::first(3)));
+
+    let many: Vec<String> = (0..17).map(|past| since(&past.to_string())).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    for number in [OPT_SET_META_CONTEXT, OPT_LIST_META_CONTEXT] {
+        let (answers, _) = haggle(&[structured.clone(), option(number, &meta_data("vm-7", &many))]);
+        assert_eq!((answers.len(), answers[1].1), (2, REP_ERR_TOO_BIG));
+    }
+}
+
+#[test]
 fn flags_say_what_the_disk_and_the_client_can() {
-    let mut handshake = Handshake::new();
+    let mut handshake = Handshake::new(Security::Plain);
     let simple = handshake.transmission_flags("vm-7", &facts(Access::ReadWrite));
     assert_eq!(simple & FLAG_SEND_DF, 0);
     assert_ne!(simple & FLAG_SEND_FAST_ZERO, 0);
@@ -231,9 +282,73 @@ fn options_are_counted() {
     assert!(matches!(end, Event::Close(_)));
 }
 
+/// The replies to options of a client of a server with TLS, each sent once the one before was answered.
+fn haggle_with(security: Security, flags: u32, options: &[Vec<u8>]) -> (Vec<(u32, u32)>, Event) {
+    let flags = flags.to_be_bytes();
+    let pieces: Vec<&[u8]> = std::iter::once(&flags[..]).chain(options.iter().map(|one| &one[..])).collect();
+    let (output, end, _) = run_with(Handshake::new(security), &pieces);
+    (replies(&output).into_iter().map(|(option, kind, _)| (option, kind)).collect(), end)
+}
+
+#[test]
+fn a_server_that_requires_tls_tells_nothing_before_it() {
+    let before = [
+        (OPT_LIST, vec![], REP_ERR_TLS_REQD),
+        (OPT_INFO, info_data("vm-7", &[]), REP_ERR_TLS_REQD),
+        (OPT_GO, info_data("vm-7", &[]), REP_ERR_TLS_REQD),
+        (OPT_GO, info_data("other", &[]), REP_ERR_TLS_REQD),
+        (OPT_GO, vec![], REP_ERR_TLS_REQD),
+        (OPT_STRUCTURED_REPLY, vec![], REP_ERR_TLS_REQD),
+        (OPT_EXTENDED_HEADERS, vec![], REP_ERR_TLS_REQD),
+        (OPT_SET_META_CONTEXT, vec![], REP_ERR_TLS_REQD),
+        (77, vec![], REP_ERR_TLS_REQD),
+        (OPT_LIST, vec![0; 70_000], REP_ERR_TLS_REQD),
+        (OPT_STARTTLS, vec![1], REP_ERR_INVALID),
+        (OPT_STARTTLS, vec![], REP_ACK),
+        // And within it nothing is refused for it any more.
+        (OPT_STARTTLS, vec![], REP_ERR_INVALID),
+        (77, vec![], UNSUP),
+    ];
+    let options: Vec<_> = before.iter().map(|(number, data, _)| option(*number, data)).collect();
+    let (answers, end) = haggle_with(Security::Required, 3, &options);
+    let expected: Vec<_> = before.iter().map(|(number, _, kind)| (*number, *kind)).collect();
+    assert_eq!((answers, end), (expected, Event::NeedInput));
+    let name = option(OPT_EXPORT_NAME, b"vm-7");
+    assert!(matches!(haggle_with(Security::Required, 3, &[name]).1, Event::Close(_)));
+    let abort = option(OPT_ABORT, &[]);
+    assert_eq!(haggle_with(Security::Required, 3, &[abort]).0, [(OPT_ABORT, REP_ACK)]);
+}
+
+#[test]
+fn what_was_agreed_before_tls_is_forgotten() {
+    let before = [
+        option(OPT_STRUCTURED_REPLY, &[]),
+        option(OPT_EXTENDED_HEADERS, &[]),
+        option(OPT_SET_META_CONTEXT, &meta_data("vm-7", &["base:allocation"])),
+    ];
+    let (tls, go) = (option(OPT_STARTTLS, &[]), option(OPT_GO, &info_data("vm-7", &[])));
+    let (_, end) = haggle_with(Security::Offered, 3, &[&before[..], &[tls, go.clone()]].concat());
+    let (replies, headers, contexts) = (Replies::Simple, Headers::Compact, ContextSet::EMPTY);
+    assert_eq!(end, Event::Transmit(Negotiated { replies, headers, contexts }));
+    // Where it is only offered, a client may do without.
+    let (_, end) = haggle_with(Security::Offered, 3, &[&before[..], &[go]].concat());
+    assert!(matches!(end, Event::Transmit(Negotiated { headers: Headers::Extended, .. })));
+}
+
+#[test]
+fn bytes_between_the_start_of_tls_and_tls_are_not_honoured() {
+    let injected = [option(OPT_STARTTLS, &[]), option(OPT_STRUCTURED_REPLY, &[])].concat();
+    for len in 17..injected.len() {
+        let (answers, end) = haggle_with(Security::Required, 3, &[injected[..len].to_vec()]);
+        assert!(answers.is_empty() && matches!(end, Event::Close(_)), "{len} bytes");
+    }
+    let (answers, _) = haggle_with(Security::Required, 2, &[option(OPT_STARTTLS, &[])]);
+    assert_eq!(answers, [(OPT_STARTTLS, REP_ERR_INVALID)], "only fixed newstyle has TLS");
+}
+
 #[test]
 fn answers_that_nobody_asked_for_change_nothing() {
-    let mut handshake = Handshake::new();
+    let mut handshake = Handshake::new(Security::Plain);
     handshake.listed(&[]);
     handshake.opened(Ok(&facts(Access::ReadWrite)));
     assert_eq!(handshake.output().len(), 18);

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! socket ─ server (accept, limits, stop)
-//!            └ connection (one task a client) ─ handshake P                          which disk
+//!            └ connection (one task a client) ─ handshake P, tls                     which disk
 //!                ├ a plain socket: threads (`nbd-N`) ─┐
 //!                └ any other stream: the task itself ─┴ transport                     who polls
 //!                                                     └ transmission ─ session P, reply P    bytes ⇄ requests
@@ -19,29 +19,43 @@
 //! | limit | beyond it |
 //! | --- | --- |
 //! | connections ([`Config::connections_max`]) | the connection is closed at once |
-//! | handshake: [`Config::handshake_timeout`], [`wire::OPTIONS_MAX`] options | the connection is closed |
-//! | option data [`wire::OPTION_BYTES_MAX`] | skipped, answered `ERR_TOO_BIG` |
-//! | names in a listing [`wire::LIST_MAX`] | the list is cut off there |
+//! | handshake, TLS included: [`Config::handshake_timeout`], [`wire::OPTIONS_MAX`] options | the connection is closed |
+//! | option data [`wire::OPTION_BYTES_MAX`] | skipped, answered `ERR_TOO_BIG` (`ERR_TLS_REQD` where TLS has to come first) |
+//! | names and other strings [`wire::STRING_BYTES_MAX`] | `ERR_INVALID`; as an export name the connection is closed |
+//! | descriptions and error texts [`wire::DESCRIPTION_BYTES_MAX`], [`wire::MESSAGE_BYTES_MAX`] | cut off |
+//! | files with certificates and keys: 1 MiB | refused at the start; later the old ones stay in use |
+//! | names in a listing, of disks or metadata contexts [`wire::LIST_MAX`] | the list is cut off there |
 //! | read and write payload [`wire::PAYLOAD_BYTES_MAX`] | skipped, answered `EINVAL` (`EOVERFLOW` for structured reads); with extended headers a longer payload closes the connection |
 //! | metadata contexts [`context::CONTEXTS_MAX`] | `ERR_TOO_BIG`, and none is selected |
 //! | extents in one answer [`wire::EXTENTS_MAX`] | the answer covers the beginning of the range |
 //! | requests under way [`wire::REQUESTS_MAX`] a connection | the server stops reading from that socket |
 //! | bytes under way ([`Config::connection_bytes_max`], [`Config::node_bytes_max`]) | the same |
 //! | replies not taken by the client, 128 KiB of them and what the kernel takes | the same |
+//! | bytes of one cache hint [`wire::CACHE_BYTES_MAX`] | the rest of its range is not fetched |
+//! | cache hints of clients that leave, or that are made to | given up |
+//! | silence of a TCP client's host: two minutes | keepalive closes the connection |
+//! | replies not taken when the disk or the server goes ([`Config::close_timeout`]) | the connection is closed |
+//!
+//! # A disk that changes its size
+//! NBD has no word for it. Requests are judged by the size of the moment: in what was added they are served at once,
+//! beyond what was cut off they are refused (`EINVAL`, writes and zeroes `ENOSPC`), and block status follows. A client
+//! that is connected still believes the size that it was told; the new one is told to those that ask or connect anew.
 
 pub mod budget;
 pub mod connection;
 pub mod context;
 pub mod handshake;
+mod past;
 pub mod reply;
 pub mod server;
 pub mod session;
 pub mod status;
-mod threads;
-mod transmission;
-mod transport;
+pub mod threads;
+pub mod tls;
+pub mod transmission;
+pub mod transport;
 pub mod wire;
-mod work;
+pub mod work;
 
 pub use server::Server;
 
@@ -60,8 +74,11 @@ pub struct Config {
     pub tcp: Vec<SocketAddr>,
     /// Path of a Unix socket.
     pub unix: Option<PathBuf>,
+    /// Sockets that somebody else listens on for us; those of a kind take the place of all others of that kind.
+    pub passed: Vec<Arc<Passed>>,
     /// Permissions of the Unix socket.
     pub unix_mode: u32,
+    pub tls: Option<tls::TlsConfig>,
     /// Clients at one time, over all listeners.
     pub connections_max: usize,
     /// Bytes of reads and writes under way in one connection.
@@ -79,7 +96,9 @@ impl Default for Config {
         Self {
             tcp: Vec::new(),
             unix: None,
+            passed: Vec::new(),
             unix_mode: 0o660,
+            tls: None,
             connections_max: 1024,
             connection_bytes_max: 32 << 20,
             node_bytes_max: 256 << 20,
@@ -87,6 +106,13 @@ impl Default for Config {
             close_timeout: Duration::from_secs(10),
         }
     }
+}
+
+/// A socket that listens already. It is not removed at the end.
+#[derive(Debug)]
+pub enum Passed {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener),
 }
 
 /// A disk as it stands in a listing.

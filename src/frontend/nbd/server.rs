@@ -5,8 +5,10 @@
 
 use super::budget::NodeBudget;
 use super::connection::{Client, Shared, serve};
+use super::handshake::Security;
 use super::threads::Threads;
-use super::{Config, Exports};
+use super::tls::{Tls, TlsDemand, TlsError};
+use super::{Config, Exports, Passed};
 use rustix::net::sockopt;
 use std::io;
 use std::net::SocketAddr;
@@ -29,16 +31,21 @@ const SEND_BUFFER_BYTES: usize = 1 << 20;
 
 /// Why the server could not start.
 #[derive(Debug, thiserror::Error)]
-#[error("failed to listen on {address}: {source}")]
-pub struct StartError {
-    pub address: String,
-    pub source: io::Error,
+pub enum StartError {
+    #[error("failed to listen on {address}: {source}")]
+    Listen { address: String, source: io::Error },
+    #[error("failed to start the threads of the NBD server: {0}")]
+    Threads(io::Error),
+    #[error("TLS for NBD: {0}")]
+    Tls(#[from] TlsError),
 }
 
 /// A server that runs.
 pub struct Server {
     tcp: Vec<SocketAddr>,
+    /// The one that was made here.
     unix: Option<UnixSocket>,
+    unix_paths: Vec<PathBuf>,
     stop: CancellationToken,
     abort: CancellationToken,
     tasks: TaskTracker,
@@ -60,33 +67,43 @@ impl Server {
         exports: Arc<dyn Exports>,
         shutdown: CancellationToken,
     ) -> Result<Self, StartError> {
-        let mut listeners = Vec::with_capacity(config.tcp.len());
+        let tls = match &config.tls {
+            Some(tls) => Some(Tls::open(tls.files.clone()).await?),
+            None => None,
+        };
+        let Taken { tcp: mut listeners, unix: mut unix_listeners, mut unix_paths } = take(&config.passed)?;
         let mut tcp = Vec::with_capacity(config.tcp.len());
-        for &address in &config.tcp {
-            let failed = |source| StartError { address: address.to_string(), source };
+        for listener in &listeners {
+            let failed = |source| StartError::Listen { address: "a socket that was passed".into(), source };
+            tcp.push(listener.local_addr().map_err(failed)?);
+        }
+        let own_tcp: &[SocketAddr] = if listeners.is_empty() { &config.tcp } else { &[] };
+        for &address in own_tcp {
+            let failed = |source| StartError::Listen { address: address.to_string(), source };
             let listener = TcpListener::bind(address).await.map_err(failed)?;
             tcp.push(listener.local_addr().map_err(failed)?);
             listeners.push(listener);
         }
-        let unix = match &config.unix {
-            Some(path) => Some(
-                bind_unix(path, config.unix_mode)
-                    .await
-                    .map_err(|source| StartError { address: path.display().to_string(), source })?,
-            ),
-            None => None,
-        };
+        let mut unix = None;
+        if let Some(path) = config.unix.as_ref().filter(|_| unix_listeners.is_empty()) {
+            let (listener, socket) = bind_unix(path, config.unix_mode)
+                .await
+                .map_err(|source| StartError::Listen { address: path.display().to_string(), source })?;
+            unix_listeners.push(listener);
+            unix_paths.push(path.clone());
+            unix = Some(socket);
+        }
         let processors = std::thread::available_parallelism().map_or(2, NonZero::get);
-        let threads = Threads::start(processors, 2 * processors + 2)
-            .map_err(|source| StartError { address: "its threads".into(), source })?;
+        let threads = Threads::start(processors, 2 * processors + 2).map_err(StartError::Threads)?;
         let stop = shutdown.child_token();
         let gate = Gate {
             places: Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS))),
             shared: Arc::new(Shared {
-                threads,
+                threads: Some(threads),
                 budget: NodeBudget::new(config.node_bytes_max),
                 config,
                 exports,
+                tls,
                 stop: stop.clone(),
             }),
             abort: CancellationToken::new(),
@@ -96,17 +113,21 @@ impl Server {
         for listener in listeners {
             tasks.spawn(accept_tcp(listener, gate.clone()));
         }
-        let unix = unix.map(|(listener, socket)| {
+        for listener in unix_listeners {
             tasks.spawn(accept_unix(listener, gate.clone()));
-            socket
-        });
+        }
         tasks.close();
-        Ok(Self { tcp, unix, stop, abort, tasks })
+        Ok(Self { tcp, unix, unix_paths, stop, abort, tasks })
     }
 
     /// The TCP addresses it listens on, in the order of the configuration.
     pub fn tcp_addresses(&self) -> &[SocketAddr] {
         &self.tcp
+    }
+
+    /// Paths of the Unix sockets that it listens on.
+    pub fn unix_paths(&self) -> &[PathBuf] {
+        &self.unix_paths
     }
 
     /// Accepts nobody any more, answers what was asked, and closes. What is left after `patience` is cut off.
@@ -128,6 +149,36 @@ impl Server {
     }
 }
 
+/// Listeners that were passed.
+struct Taken {
+    tcp: Vec<TcpListener>,
+    unix: Vec<UnixListener>,
+    /// Where they have one.
+    unix_paths: Vec<PathBuf>,
+}
+
+fn take(passed: &[Arc<Passed>]) -> Result<Taken, StartError> {
+    let failed = |source| StartError::Listen { address: "a socket that was passed".into(), source };
+    let mut taken = Taken { tcp: Vec::new(), unix: Vec::new(), unix_paths: Vec::new() };
+    for listener in passed {
+        match &**listener {
+            Passed::Tcp(listener) => {
+                let listener = listener.try_clone().map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                taken.tcp.push(TcpListener::from_std(listener).map_err(failed)?);
+            }
+            Passed::Unix(listener) => {
+                let listener = listener.try_clone().map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let address = listener.local_addr().map_err(failed)?;
+                taken.unix_paths.extend(address.as_pathname().map(Path::to_owned));
+                taken.unix.push(UnixListener::from_std(listener).map_err(failed)?);
+            }
+        }
+    }
+    Ok(taken)
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.cancel();
@@ -144,7 +195,16 @@ struct Gate {
 }
 
 impl Gate {
-    fn admit<S>(&self, io: S, peer: String)
+    /// What clients of TCP, and what those on this host, may or must do with TLS.
+    fn security(&self) -> (Security, Security) {
+        match self.shared.config.tls.as_ref().map(|tls| tls.demand) {
+            None => (Security::Plain, Security::Plain),
+            Some(TlsDemand::Offered) => (Security::Offered, Security::Offered),
+            Some(TlsDemand::Required) => (Security::Required, Security::Offered),
+        }
+    }
+
+    fn admit<S>(&self, io: S, security: Security, peer: String)
     where
         S: Client + 'static,
     {
@@ -152,12 +212,13 @@ impl Gate {
             log::warn!("turned NBD client {peer} away: {} are connected", self.shared.config.connections_max);
             return;
         };
-        self.tasks.spawn(run(io, peer, place, Arc::clone(&self.shared), self.abort.clone()));
+        self.tasks.spawn(run(io, security, peer, place, Arc::clone(&self.shared), self.abort.clone()));
     }
 }
 
 async fn run<S>(
     io: S,
+    security: Security,
     peer: String,
     place: OwnedSemaphorePermit,
     shared: Arc<Shared>,
@@ -166,7 +227,7 @@ async fn run<S>(
     S: Client + 'static,
 {
     tokio::select! {
-        result = serve(io, &shared) => match result {
+        result = serve(io, security, &shared) => match result {
             Ok(()) => log::debug!("NBD client {peer} left"),
             Err(error) => log::info!("NBD client {peer} dropped: {error}"),
         },
@@ -186,7 +247,7 @@ async fn accept_tcp(listener: TcpListener, gate: Gate) {
                 if let Err(error) = prepare(&stream) {
                     log::debug!("NBD client {peer}: socket options: {error}");
                 }
-                gate.admit(stream, peer.to_string());
+                gate.admit(stream, gate.security().0, peer.to_string());
             }
             Err(error) => pause(&gate, &error).await,
         }
@@ -205,6 +266,7 @@ async fn accept_unix(listener: UnixListener, gate: Gate) {
                 let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
                 gate.admit(
                     stream,
+                    gate.security().1,
                     peer.map_or_else(|| "on the socket".into(), |pid| format!("process {pid}")),
                 );
             }

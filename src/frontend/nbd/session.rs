@@ -8,10 +8,10 @@
 use super::context::{CONTEXTS_MAX, ContextSet};
 use super::handshake::{Negotiated, Replies};
 use super::wire::{
-    CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
-    CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
-    Cookie, EXTENDED_REQUEST_LEN, EXTENTS_MAX, Errno, Fields, Headers, PAYLOAD_BYTES_MAX, REQUEST_LEN,
-    RequestHeader,
+    CACHE_BYTES_MAX, CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA,
+    CMD_FLAG_NO_HOLE, CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE,
+    CMD_WRITE_ZEROES, Cookie, EXTENDED_REQUEST_LEN, EXTENTS_MAX, Errno, Fields, Headers, PAYLOAD_BYTES_MAX,
+    REQUEST_LEN, RequestHeader,
 };
 use crate::block::{BlockError, Durability};
 use crate::frontend::{Operation, check};
@@ -286,9 +286,12 @@ impl Session {
             self.state = State::Ended;
             return Ok(Event::Disconnect);
         }
+        let write = header.command == CMD_WRITE;
         match self.negotiated.headers {
-            Headers::Compact if header.command == CMD_WRITE => self.payload(&header, input, geometry),
-            Headers::Extended if header.flags & CMD_FLAG_PAYLOAD_LEN != 0 => {
+            Headers::Compact if write => self.payload(&header, input, geometry),
+            // The protocol wants the flag with each write. QEMU as a client leaves it away, and as a server does not
+            // miss it; its payload follows all the same.
+            Headers::Extended if write || header.flags & CMD_FLAG_PAYLOAD_LEN != 0 => {
                 let header = RequestHeader { flags: header.flags & !CMD_FLAG_PAYLOAD_LEN, ..header };
                 if header.len_bytes > u64::from(PAYLOAD_BYTES_MAX) {
                     return Err(BadStream::PayloadTooLong);
@@ -393,10 +396,10 @@ impl Session {
             }
             CMD_CACHE => {
                 allow_flags(header, 0)?;
-                Ok(Request::Cache { range: in_disk(header, geometry, Operation::Read)? })
+                let range = in_disk(header, geometry, Operation::Read)?;
+                Ok(Request::Cache { range: ByteRange::new(range.start(), range.len().min(CACHE_BYTES_MAX)) })
             }
             CMD_BLOCK_STATUS => block_status(header, self.negotiated.contexts, geometry),
-            CMD_WRITE => Err(Refusal::invalid("a write without the flag that says that its payload follows")),
             _ => Err(Refusal::invalid("unknown command")),
         }
     }

@@ -148,6 +148,8 @@ pub struct Transmission<T> {
     handler: Arc<dyn BlockHandler>,
     contexts: Arc<[MetaContext]>,
     budget: ConnectionBudget,
+    /// Hints that run are not worth finishing.
+    left: CancellationToken,
     /// The server's stop and the disk's; gone once one has come.
     stop: [Option<Pin<Box<WaitForCancellationFutureOwned>>>; 2],
     /// Set once no further request is taken: until when the client has to take its replies.
@@ -287,6 +289,7 @@ impl<T: Transport> Transmission<T> {
             handler,
             contexts,
             budget: shared.budget.connection(shared.config.connection_bytes_max),
+            left: CancellationToken::new(),
             stop: [shared.stop.clone(), closed].map(|token| Some(Box::pin(token.cancelled_owned()))),
             stopping: None,
             close_timeout: shared.config.close_timeout,
@@ -311,6 +314,7 @@ impl<T: Transport> Transmission<T> {
             Incoming::Eof | Incoming::EofUnread => ClientEnd::Closed,
             Incoming::Open | Incoming::Goodbye => ClientEnd::MaySend,
         };
+        self.left.cancel();
         let mut in_flight = self.in_flight;
         let under_way = Box::pin(async move { while in_flight.next().await.is_some() {} });
         Ended { transport: self.transport, client, under_way }
@@ -413,6 +417,7 @@ impl<T: Transport> Transmission<T> {
         for stop in &mut self.stop {
             if stop.as_mut().is_some_and(|stop| stop.as_mut().poll(cx).is_ready()) {
                 *stop = None;
+                self.left.cancel();
                 self.stopping.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.close_timeout)));
             }
         }
@@ -602,11 +607,18 @@ impl<T: Transport> Transmission<T> {
             Request::WriteZeroes { range, durability } => self.launch(Box::pin(async move {
                 plain(work::write_zeroes(&*handler, range, durability).await, Operation::Write)
             })),
-            Request::Cache { range } => self.launch(Box::pin(async move {
-                let result = work::cache(&*handler, range).await;
-                drop(reservation);
-                plain(result, Operation::Read)
-            })),
+            Request::Cache { range } => {
+                let left = self.left.clone();
+                self.launch(Box::pin(async move {
+                    // It may be long, and has no effect that anybody waits for.
+                    let result = tokio::select! {
+                        result = work::cache(&*handler, range) => result,
+                        () = left.cancelled() => Ok(()),
+                    };
+                    drop(reservation);
+                    plain(result, Operation::Read)
+                }));
+            }
             Request::BlockStatus { range, extents_max, contexts: asked } => {
                 let contexts = Arc::clone(&self.contexts);
                 self.launch(Box::pin(async move {
@@ -872,7 +884,10 @@ impl<T: Transport> Transmission<T> {
             }
         };
         match received {
-            Poll::Ready(0) => self.incoming = Incoming::EofUnread,
+            Poll::Ready(0) => {
+                self.incoming = Incoming::EofUnread;
+                self.left.cancel();
+            }
             Poll::Ready(_) => self.batch = 0,
             Poll::Pending => return Ok(false),
         }

@@ -3,7 +3,7 @@
 //! Owns: constants, and turning headers into bytes and back.
 //! Does not own: what may follow what ([`super::handshake`], [`super::session`]).
 
-use crate::block::{BlockError, ExtentKind};
+use crate::block::{BlockError, ChangeKind, ExtentKind};
 use crate::frontend::Operation;
 use bytes::{BufMut, BytesMut};
 
@@ -45,6 +45,7 @@ pub const FLAG_BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 pub const OPT_EXPORT_NAME: u32 = 1;
 pub const OPT_ABORT: u32 = 2;
 pub const OPT_LIST: u32 = 3;
+pub const OPT_STARTTLS: u32 = 5;
 pub const OPT_INFO: u32 = 6;
 pub const OPT_GO: u32 = 7;
 pub const OPT_STRUCTURED_REPLY: u32 = 8;
@@ -58,7 +59,9 @@ pub const REP_SERVER: u32 = 2;
 pub const REP_INFO: u32 = 3;
 pub const REP_META_CONTEXT: u32 = 4;
 pub const REP_ERR_UNSUP: u32 = (1 << 31) + 1;
+pub const REP_ERR_POLICY: u32 = (1 << 31) + 2;
 pub const REP_ERR_INVALID: u32 = (1 << 31) + 3;
+pub const REP_ERR_TLS_REQD: u32 = (1 << 31) + 5;
 pub const REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
 pub const REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
 pub const REP_ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
@@ -103,6 +106,11 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 /// Its states.
 pub const STATE_HOLE: u32 = 1 << 0;
 pub const STATE_ZERO: u32 = 1 << 1;
+/// What our own metadata contexts begin with, and those of changes since a past state, whose name follows.
+pub const OWN_NAMESPACE: &str = "blockhouse:";
+pub const CHANGED_SINCE: &str = "blockhouse:changed-since:";
+/// The state of what differs, or may differ.
+pub const STATE_CHANGED: u32 = 1 << 0;
 
 /// Errors in replies. Their numbers are the protocol's, whatever `errno` is here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -156,7 +164,7 @@ pub const OPTION_BYTES_MAX: u32 = 64 * 1024;
 pub const STRING_BYTES_MAX: usize = 4096;
 /// Options in a handshake.
 pub const OPTIONS_MAX: u32 = 256;
-/// Names in a listing.
+/// Names in a listing, of disks or of past states.
 pub const LIST_MAX: usize = 1000;
 /// Longest description in an answer; the rest is cut off.
 pub const DESCRIPTION_BYTES_MAX: usize = 512;
@@ -167,6 +175,8 @@ pub const BLOCK_BYTES_MIN: u32 = 1;
 pub const BLOCK_BYTES_PREFERRED: u32 = 4096;
 /// Most bytes that one request reads or writes.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
+/// Most bytes that one hint brings into the cache.
+pub const CACHE_BYTES_MAX: u64 = 4 << 30;
 /// Requests under way in one connection.
 pub const REQUESTS_MAX: usize = 128;
 /// Extents in one answer about block status.
@@ -396,6 +406,14 @@ impl ChunkHeader {
                 CHUNK_LEN_MAX
             }
         }
+    }
+}
+
+/// State of a stretch in `blockhouse:changed-since:`.
+pub fn change_state(kind: ChangeKind) -> u32 {
+    match kind {
+        ChangeKind::Changed => STATE_CHANGED,
+        ChangeKind::Unchanged => 0,
     }
 }
 

@@ -6,7 +6,7 @@
 
 use super::budget::PIECE_BYTES_MAX;
 use super::reply::{FileSpan, Part};
-use crate::block::{BlockError, BlockHandler, Durability, Extent, Piece, ReadPlan, Source, zero_at};
+use crate::block::{BlockError, BlockHandler, Durability, Piece, ReadPlan, Source, zero_at};
 use crate::geometry::{ByteRange, SECTOR_BYTES, len_of};
 use bytes::{Bytes, BytesMut};
 use futures::stream::{self, StreamExt, TryStreamExt};
@@ -210,37 +210,13 @@ pub async fn cache(handler: &dyn BlockHandler, range: ByteRange) -> Result<(), B
         .try_collect::<()>()
         .await?;
         at_bytes = window.end();
+        // What is here already is looked at without waiting.
+        tokio::task::yield_now().await;
     }
     Ok(())
 }
 
-/// The extents of `range` from its start on: at least one, end to end, none beyond its end, neighbours different.
-pub async fn block_status(
-    handler: &dyn BlockHandler,
-    range: ByteRange,
-    extents_max: usize,
-) -> Result<Vec<Extent>, BlockError> {
-    let found = handler.extents(range, extents_max).await?;
-    let mut extents: Vec<Extent> = Vec::with_capacity(found.len().min(extents_max));
-    let mut at_bytes = range.start();
-    for extent in found {
-        if extent.range.start() != at_bytes || extent.range.is_empty() {
-            return Err(mismatch());
-        }
-        let Some(inside) = extent.range.intersect(range) else { break };
-        at_bytes = extent.range.end();
-        let full = extents.len() == extents_max;
-        match extents.last_mut() {
-            Some(last) if last.kind == extent.kind => {
-                last.range = ByteRange::new(last.range.start(), last.range.len() + inside.len());
-            }
-            Some(_) | None if full => break,
-            Some(_) | None => extents.push(Extent { range: inside, kind: extent.kind }),
-        }
-    }
-    if extents.is_empty() { Err(mismatch()) } else { Ok(extents) }
-}
-
-fn mismatch() -> BlockError {
+/// An answer of a handler that would break the stream.
+pub fn mismatch() -> BlockError {
     BlockError::Io("the disk answered with another range than was asked for".into())
 }
