@@ -276,7 +276,7 @@ fn main() -> Result<()> {
     let places = [Ours::place(size_bytes), Ours::place(size_bytes)];
     let (frozen, others): (Vec<_>, Vec<_>) =
         arguments.states.iter().partition(|state| **state == State::Frozen);
-    // The frozen one is beside the others, for it takes the pool away.
+    // The frozen one is beside the others, for it ruins their pool.
     let mut ours = Vec::new();
     for (place, states) in places.iter().zip([others, frozen]) {
         if !states.is_empty() {

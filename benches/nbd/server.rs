@@ -132,7 +132,7 @@ pub enum State {
     Active,
     /// Written and committed; all of it lies in the clean cache.
     Cache,
-    /// Its commit has begun and cannot end, for the pool is away.
+    /// Its commit has begun and cannot end, for the pool takes nothing.
     Frozen,
 }
 
@@ -199,15 +199,10 @@ impl<'a> Ours<'a> {
                 self.daemon.cli(&format!("volume wait-durable {}", state.name())).ok();
             }
             State::Frozen => {
-                let pool = &self.daemon.place.pool;
-                std::fs::rename(pool, pool.with_extension("away"))?;
-                std::fs::write(pool, "")?;
-                // Begins the commit; it cannot end.
-                let mut command = self.daemon.command(&["volume", "wait-durable", state.name()]);
-                let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-                std::thread::sleep(Duration::from_secs(2));
-                child.kill()?;
-                child.wait()?;
+                // Nothing can be put there: the commit is tried again and again.
+                std::fs::write(self.daemon.place.pool.join("packs"), "")?;
+                let ran = self.daemon.cli(&format!("volume wait-durable {}", state.name()));
+                ensure!(ran.code != 0, "it was committed");
             }
         }
         // Everything is read, twice: what the first time brings into the cache is settled at the second.

@@ -9,6 +9,7 @@ mod nbd;
 mod tools;
 
 mod bad;
+mod fio;
 mod flow;
 mod full;
 mod idle;
