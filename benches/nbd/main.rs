@@ -42,7 +42,8 @@ struct Arguments {
     /// Without other people's servers
     #[arg(long)]
     ours_only: bool,
-    #[arg(long, value_delimiter = ',', default_value = "active,cache,frozen")]
+    /// A frozen volume's commit is tried again every second, which costs CPU: counted there, and missed by the others
+    #[arg(long, value_delimiter = ',', default_value = "active,cache")]
     states: Vec<State>,
     /// Of each volume, and of the file that the others serve
     #[arg(long, default_value_t = 1024)]
