@@ -41,6 +41,8 @@ pub enum Mutant {
     DiscardSkipsFrozen,
     /// Everything found at a restart is taken as synced (L25).
     CleanAfterRestart,
+    /// Recovery believes the head that it read, without swapping it to its own incarnation (L28).
+    HeadOnlyRead,
 }
 
 impl Mutant {
@@ -63,6 +65,7 @@ impl Mutant {
         Self::NoWriteBackCheck,
         Self::DiscardSkipsFrozen,
         Self::CleanAfterRestart,
+        Self::HeadOnlyRead,
     ];
 }
 

@@ -19,7 +19,7 @@ const REP_UNSUPPORTED: u32 = 0x8000_0001;
 pub fn serve(size_bytes: u64, socket: Option<&Path>) -> Result<()> {
     std::thread::spawn(|| {
         // Ends when the other end of the pipe does.
-        std::io::stdin().read(&mut [0]).ok();
+        std::io::stdin().read_exact(&mut [0]).ok();
         std::process::exit(0);
     });
     let start = |stream: Box<dyn Stream>| {

@@ -24,20 +24,40 @@ pub fn content(at: u64, length: u64) -> Vec<u8> {
     bytes
 }
 
-/// What keeps a server alive.
-pub struct Process(Child);
+/// A process that ends when this is dropped.
+pub struct Process {
+    pid: rustix::process::Pid,
+    /// Not there for one that went into the background by itself.
+    child: Option<Child>,
+}
+
+impl Process {
+    fn of(child: Child) -> Self {
+        Self { pid: rustix::process::Pid::from_child(&child), child: Some(child) }
+    }
+
+    fn is_there(&mut self) -> bool {
+        match &mut self.child {
+            Some(child) => matches!(child.try_wait(), Ok(None)),
+            None => rustix::process::test_kill_process(self.pid).is_ok(),
+        }
+    }
+}
 
 impl Drop for Process {
     fn drop(&mut self) {
+        if !self.is_there() {
+            return;
+        }
         // By TERM first: one that has children ends them too.
-        let pid = rustix::process::Pid::from_child(&self.0);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).ok();
+        rustix::process::kill_process(self.pid, rustix::process::Signal::TERM).ok();
         let end = Instant::now() + Duration::from_secs(2);
-        while Instant::now() < end && matches!(self.0.try_wait(), Ok(None)) {
+        while self.is_there() {
+            if Instant::now() > end {
+                rustix::process::kill_process(self.pid, rustix::process::Signal::KILL).ok();
+            }
             std::thread::sleep(Duration::from_millis(5));
         }
-        self.0.kill().ok();
-        self.0.wait().ok();
     }
 }
 
@@ -112,7 +132,7 @@ pub enum State {
     Active,
     /// Written and committed; all of it lies in the clean cache.
     Cache,
-    /// Its commit has begun and cannot end, for the pool is away.
+    /// Its commit has begun and cannot end, for the pool takes nothing.
     Frozen,
 }
 
@@ -169,6 +189,7 @@ impl<'a> Ours<'a> {
     fn prepare(&self, state: State) -> Result<()> {
         let mut connection = self.connect(state)?;
         for at in (0..self.size_bytes).step_by(1 << 20) {
+            crate::go_on()?;
             connection.write(at, &content(at, MIB))?;
         }
         connection.flush()?;
@@ -178,15 +199,10 @@ impl<'a> Ours<'a> {
                 self.daemon.cli(&format!("volume wait-durable {}", state.name())).ok();
             }
             State::Frozen => {
-                let pool = &self.daemon.place.pool;
-                std::fs::rename(pool, pool.with_extension("away"))?;
-                std::fs::write(pool, "")?;
-                // Begins the commit; it cannot end.
-                let mut command = self.daemon.command(&["volume", "wait-durable", state.name()]);
-                let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-                std::thread::sleep(Duration::from_secs(2));
-                child.kill()?;
-                child.wait()?;
+                // Nothing can be put there: the commit is tried again and again.
+                std::fs::write(self.daemon.place.pool.join("packs"), "")?;
+                let ran = self.daemon.cli(&format!("volume wait-durable {}", state.name()));
+                ensure!(ran.code != 0, "it was committed");
             }
         }
         // Everything is read, twice: what the first time brings into the cache is settled at the second.
@@ -249,6 +265,7 @@ pub fn peer(name: &str, file: &Path, dir: &Path, tcp: bool) -> Result<Option<Ser
     let address = if tcp { Address::Tcp(port) } else { Address::Unix(socket.clone()) };
     let mut command = Command::new(program);
     let mut export = "";
+    let pid_file = dir.join(format!("{name}-{net}.pid"));
     match name {
         "qemu-nbd" => {
             command.args("-f raw -t -e 64 --cache=writeback --aio=io_uring".split(' '));
@@ -276,20 +293,25 @@ pub fn peer(name: &str, file: &Path, dir: &Path, tcp: bool) -> Result<Option<Ser
                 file.display()
             );
             std::fs::write(&settings, text)?;
-            command.arg("-C").arg(settings).arg("-p").arg(dir.join(format!("nbd-server-{net}.pid")));
-            // It stays in the foreground.
-            command.arg("-n");
+            command.arg("-C").arg(settings).arg("-p").arg(&pid_file);
         }
     }
     let log = File::create(dir.join(format!("{name}-{net}.log")))?;
-    let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+    let mut child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+    let process = if name == "nbd-server" {
+        child.wait()?;
+        let pid = background_pid(&pid_file).context("nbd-server did not go into the background")?;
+        Process { pid, child: None }
+    } else {
+        Process::of(child)
+    };
     let server = Server {
         name: name.to_owned(),
         who: Who::Peer,
         address,
         export: export.to_owned(),
-        pid: child.id(),
-        _process: Some(Process(child)),
+        pid: u32::try_from(process.pid.as_raw_nonzero().get())?,
+        _process: Some(process),
     };
     wait(&server).with_context(|| {
         let mut said = String::new();
@@ -298,6 +320,18 @@ pub fn peer(name: &str, file: &Path, dir: &Path, tcp: bool) -> Result<Option<Ser
         format!("{name} over {net}: {said}")
     })?;
     Ok(Some(server))
+}
+
+fn background_pid(pid_file: &Path) -> Option<rustix::process::Pid> {
+    let end = Instant::now() + START_TIME;
+    loop {
+        let text = std::fs::read_to_string(pid_file).unwrap_or_default();
+        match text.trim().parse() {
+            Ok(pid) => return rustix::process::Pid::from_raw(pid),
+            Err(_) if Instant::now() > end => return None,
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
 }
 
 fn wait(server: &Server) -> Result<()> {
@@ -332,7 +366,7 @@ pub fn ceiling(dir: &Path, size_bytes: u64, tcp: bool) -> Result<Server> {
         address,
         export: String::new(),
         pid: child.id(),
-        _process: Some(Process(child)),
+        _process: Some(Process::of(child)),
     })
 }
 

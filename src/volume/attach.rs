@@ -7,6 +7,7 @@
 //! Does not own: which volumes are to be attached (the node's table).
 
 use crate::disk::{DiskPath, Lock};
+use crate::mutant::{self, Mutant};
 use crate::store::{ETag, Expect};
 use crate::volume::Volume;
 use crate::volume::base::BaseMap;
@@ -126,6 +127,9 @@ async fn own(engine: &Arc<Engine>, name: &str, head: Head, etag: ETag) -> Result
         let mut next = head.clone();
         next.nonce = engine.nonce();
         if next.owner.is_some() {
+            if mutant::on(Mutant::HeadOnlyRead) {
+                return Ok(HeldHead { name: name.to_owned(), head, etag });
+            }
             next.owner = Some(owner.clone());
             // Beyond everything that the process before may have used.
             next.floor = ((next.floor >> 40) + 1) << 40;

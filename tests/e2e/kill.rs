@@ -19,7 +19,7 @@ const WRITERS: usize = 3;
 const SECTORS_EACH: usize = 12_000;
 const VOLUME_BYTES: u64 = 256 * MIB;
 
-fn setting(name: &str, default: u64) -> u64 {
+pub fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.parse().unwrap())
 }
 

@@ -11,6 +11,7 @@ mod tools;
 mod activation;
 mod backup;
 mod bad;
+mod fio;
 mod flow;
 mod full;
 mod idle;
