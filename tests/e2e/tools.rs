@@ -20,7 +20,7 @@ pub fn have(program: &str) -> bool {
 /// Says that something is not tested. In CI that is a failure.
 pub fn skip(why: &str) {
     assert!(std::env::var_os("CI").is_none(), "cannot be tested in CI: {why}");
-    eprintln!("SKIPPED: {why}");
+    eprintln!("skipped: {why}");
 }
 
 /// Runs a program: what it printed. With `/usr/sbin` in the path: file system tools lie there.
