@@ -15,5 +15,6 @@ mod daemon;
 mod nbd;
 
 mod libnbd;
+mod pending;
 mod qemu;
 mod tester;

@@ -8,21 +8,21 @@ use std::process::{Command, Stdio};
 /// The transaction logs that come with the tester stay below this.
 const VOLUME: &str = "50M";
 
-struct Tester {
+pub struct Tester {
     program: PathBuf,
 }
 
 impl Tester {
-    fn get() -> Option<Self> {
+    pub fn get() -> Option<Self> {
         support("tests/conformance/nbd-tester", &[]).map(|program| Self { program: program.into() })
     }
 
     /// What lies beside it.
-    fn log(&self, name: &str) -> PathBuf {
+    pub fn beside(&self, name: &str) -> PathBuf {
         self.program.with_file_name(name)
     }
 
-    fn run(&self, to: &[&str], arguments: &[&str]) -> (i32, String) {
+    pub fn run(&self, to: &[&str], arguments: &[&str]) -> (i32, String) {
         let mut command = Command::new("timeout");
         finish(command.arg("300").arg(&self.program).args(arguments).args(to).stdin(Stdio::null()))
     }
@@ -40,7 +40,7 @@ impl Tester {
 }
 
 /// The port that the daemon listens on.
-fn tcp(daemon: &Daemon<'_>, volume: &str) -> String {
+pub fn tcp(daemon: &Daemon<'_>, volume: &str) -> String {
     let uri = daemon.attach(volume).tcp;
     uri.trim_start_matches("nbd://127.0.0.1:").split('/').next().unwrap().to_owned()
 }
@@ -91,7 +91,7 @@ fn the_transaction_log_replays_without_a_wrong_byte() {
     let Some(tester) = Tester::get() else { return };
     let place = Place::new();
     let daemon = place.start();
-    replay(&tester, &daemon, &tester.log("integrity-test.tr"), |code, said| assert_eq!(code, 0, "{said}"));
+    replay(&tester, &daemon, &tester.beside("integrity-test.tr"), |code, said| assert_eq!(code, 0, "{said}"));
 }
 
 /// Its requests go up to 50 MB, and the tester asks for no block size: no client may rely on more than 32 MiB then.
@@ -100,7 +100,7 @@ fn the_log_of_huge_requests_replays_up_to_the_largest_payload_and_is_refused_bey
     let Some(tester) = Tester::get() else { return };
     let place = Place::new();
     let daemon = place.start();
-    let (huge, cut) = (tester.log("integrityhuge-test.tr"), place.path("cut.tr"));
+    let (huge, cut) = (tester.beside("integrityhuge-test.tr"), place.path("cut.tr"));
     std::fs::write(&cut, cut_requests(std::fs::read(&huge).unwrap())).unwrap();
     replay(&tester, &daemon, &cut, |code, said| assert_eq!(code, 0, "{said}"));
     replay(&tester, &daemon, &huge, |code, said| {

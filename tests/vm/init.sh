@@ -31,10 +31,10 @@ ip addr add 10.0.2.15/24 dev eth0
 ip route add default via 10.0.2.2
 
 give_up() {
+  echo started >"$status"
   echo "$1" >"$output"
   poweroff -f
 }
-echo started >"$status"
 for block in /sys/block/vd*; do
   [ -e "$block/serial" ] || continue
   name=$(cat "$block/serial") device=/dev/${block##*/}
@@ -50,6 +50,7 @@ while read -r name; do
 done </shares
 
 cd /root || give_up "no /root"
+echo started >"$status"
 eval "set -- $(cat /job/arguments)"
 /job/main "$@" </dev/null >"$output" 2>&1
 code=$?

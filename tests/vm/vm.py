@@ -41,8 +41,10 @@ from initramfs import Initramfs
 from lossy_disk import LossyDisk
 
 OUT_OF_TIME, GUEST_DIED, NOT_TO_BE_HAD, POWER_CUT = 124, 125, 126, 137
-# An emulated kernel dies while it boots once in a while. One that dies later is the job's.
+# An emulated kernel dies, or hangs, while it boots once in a while. What happens later is the job's.
 BOOTS_MAX = 3
+BOOT_SECONDS_MAX = 120
+DID_NOT_BOOT = -1
 # What jobs may name by --program.
 GUEST_PACKAGES = ["busybox-static", "dash", "e2fsprogs", "xfsprogs", "nbd-client", "util-linux", "mount", "fio", "udev", "kmod", "diffutils"]
 EMULATOR_PACKAGES = ["qemu-system-x86", "seabios", "virtiofsd"]
@@ -187,12 +189,15 @@ class Guest:
             for share in shares:
                 share.wait()
             with subprocess.Popen(self.command(initramfs, shares), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as emulator:
-                timer = threading.Timer(self.options.timeout, self.end, [emulator, OUT_OF_TIME])
-                timer.start()
+                timers = [threading.Timer(self.options.timeout, self.end, [emulator, OUT_OF_TIME]),
+                          threading.Timer(BOOT_SECONDS_MAX, self.end_unless_booted, [emulator])]
+                for timer in timers:
+                    timer.start()
                 try:
                     self.watch(emulator)
                 finally:
-                    timer.cancel()
+                    for timer in timers:
+                        timer.cancel()
                     emulator.kill()
         finally:
             for share in shares:
@@ -208,6 +213,10 @@ class Guest:
             sys.stdout.buffer.flush()
             if self.options.cut_when and re.search(self.options.cut_when.encode(), line):
                 self.end(emulator, POWER_CUT)
+
+    def end_unless_booted(self, emulator):
+        if not self.read("status"):
+            self.end(emulator, DID_NOT_BOOT)
 
     def end(self, emulator, why):
         self.ended_by = self.ended_by or why
@@ -229,6 +238,9 @@ def run(options):
             options.console.write_text(console)
         if guest.ended_by == OUT_OF_TIME:
             print(f"out of time after {options.timeout} s; the console ends with:\n{console[-3000:]}")
+        if guest.ended_by == DID_NOT_BOOT:
+            print(f"the guest hung in its boot, booting again; its console ends with:\n{console[-2000:]}", flush=True)
+            continue
         if guest.ended_by:
             return guest.ended_by
         if len(status) == 2:

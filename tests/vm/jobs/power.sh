@@ -14,6 +14,9 @@ content() { # NUMBER: the same for the same number, 4 to 68 KiB
 
 case $1 in
   write)
+    # What nobody syncs goes to the disk soon nevertheless, so that it is the disk that forgets it, half of it.
+    echo 10 >/proc/sys/vm/dirty_writeback_centisecs
+    echo 20 >/proc/sys/vm/dirty_expire_centisecs
     start_daemon /disk/state
     cli volume create disk --size 256M
     cli volume attach disk >/dev/null
