@@ -3,7 +3,7 @@
 //! Owns: which jobs run on which of two kernels, and what they have to say.
 //! Does not own: the machine (vm.py beside this file) and the jobs in it (jobs/).
 
-#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -121,7 +121,9 @@ fn cut(kernel: &str, fs: &str, sync: &str, after: u32) -> Option<(u32, u32)> {
     let disk = format!("state:1G:{fs}:lossy");
     let place = ["--state", state.path().to_str().unwrap(), "--disk", &disk];
     let when = format!("^done {after}$");
-    let ran = Vm::new(kernel).with(&place).with(&["--cut-when", &when]).run("power.sh", &["write", sync])?;
+    // At any moment after it: in the middle of a file, of a flush, of what nobody flushes.
+    let cut = ["--cut-when", &when, "--cut-within", "4"];
+    let ran = Vm::new(kernel).with(&place).with(&cut).run("power.sh", &["write", sync])?;
     assert_eq!(ran.code, POWER_CUT, "the power was not cut");
     let written = ran.last("done");
     let ran = Vm::new(kernel).with(&place).run("power.sh", &["check", &written.to_string()])?;

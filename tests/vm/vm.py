@@ -12,7 +12,8 @@ here, and no right is needed but that to run programs.
                                     on all others it survives, whatever the job did.
     --share NAME=DIR                a directory of this machine, at /share/NAME: a pool, or where results go
     --forward HERE:GUEST            a TCP port of the guest; this machine is 10.0.2.2 there, by name `host`
-    --cut-when REGEX                cuts the power when a line of the output matches
+    --cut-when REGEX                cuts the power when a line of the output matches,
+    --cut-within SECONDS            or at a moment of these after it, which --seed decides
     --module NAME                   ublk_drv, nbd, loop, …; what disks need comes by itself
     --udev                          udevd and the rules of the distribution; the job starts it (see jobs/lib.sh)
 
@@ -212,7 +213,10 @@ class Guest:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
             if self.options.cut_when and re.search(self.options.cut_when.encode(), line):
-                self.end(emulator, POWER_CUT)
+                delay = random.Random(self.options.seed).uniform(0, self.options.cut_within)
+                timer = threading.Timer(delay, self.end, [emulator, POWER_CUT])
+                timer.daemon = True
+                timer.start()
 
     def end_unless_booted(self, emulator):
         if not self.read("status"):
@@ -268,6 +272,7 @@ def main():
     parser.add_argument("--console", type=pathlib.Path, help="where to keep what the kernel said")
     parser.add_argument("--timeout", type=float, default=300, help="seconds")
     parser.add_argument("--cut-when", metavar="REGEX")
+    parser.add_argument("--cut-within", type=float, default=0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=None, help="what a power cut takes")
     parser.add_argument("--fetch", action="store_true", help="only fetch what a run needs")
     parser.add_argument("job", nargs="*")
