@@ -90,3 +90,11 @@ nbd_disconnect() {
 
 # Programs of util-linux and e2fsprogs, where busybox has its own.
 device_bytes() { blockdev --getsize64 "/dev/$1"; }
+
+# For guests with --udev. Rules of the job go to /etc/udev/rules.d before.
+start_udev() {
+  mkdir -p /etc/udev/rules.d /run/udev
+  /usr/lib/systemd/systemd-udevd --daemon
+  udevadm trigger --action=add
+  udevadm settle --timeout=60
+}
