@@ -85,6 +85,9 @@ impl Client {
                 (builder.unix_socket(socket), "http://localhost".to_owned(), place)
             }
         };
+        // Without TLS none of the system's certificates is looked for, which a small system may not have.
+        let plain = global.url.as_ref().is_none_or(|url| !url.starts_with("https://"));
+        let builder = if plain { builder.tls_certs_only([]) } else { builder };
         let http = builder.build().map_err(|error| {
             ServiceError::new(Refusal::Internal, format!("failed to make an HTTP client: {}", chain(&error)))
         })?;
