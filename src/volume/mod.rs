@@ -63,6 +63,8 @@ const ZERO_INLINE_BYTES: u64 = 64 << 30;
 const LOAD_AT_ONCE: usize = 8;
 /// Bytes that are looked at for extents without letting others run: every sector may be one of its own.
 const EXTENTS_STRETCH_BYTES: u64 = 64 << 20;
+/// Bytes that are looked at together as long as no epoch says anything of them.
+const EXTENTS_EMPTY_BYTES: u64 = 1 << 30;
 /// Bytes that one call looks at for extents.
 const EXTENTS_BYTES_MAX: u64 = 64 << 30;
 
@@ -629,7 +631,16 @@ impl BlockHandler for VolumeHandler {
             let end = range.end().min(range.start().saturating_add(EXTENTS_BYTES_MAX));
             let mut at = range.start();
             while at < end && extents.len() <= extents_max {
-                let stretch = ByteRange::new(at, (end - at).min(EXTENTS_STRETCH_BYTES));
+                let is_recorded = |stretch| layers.epochs().any(|epoch| epoch.map().has_record(stretch));
+                let whole = ByteRange::new(at, (end - at).min(EXTENTS_EMPTY_BYTES));
+                let part = ByteRange::new(at, whole.len().min(EXTENTS_STRETCH_BYTES));
+                let stretch = if is_recorded(whole) { part } else { whole };
+                if !is_recorded(stretch) {
+                    base_extents(&volume.engine, &layers.base, stretch, &mut extents).await?;
+                    at = stretch.end();
+                    tokio::task::yield_now().await;
+                    continue;
+                }
                 let mut kinds = Vec::new();
                 layers.resolve(stretch.grow_to(SECTOR_BYTES), |piece, place| {
                     if let Some(piece) = piece.intersect(stretch) {

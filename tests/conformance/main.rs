@@ -14,7 +14,8 @@ mod daemon;
 #[expect(dead_code, reason = "shared with the tests of the whole daemon")]
 mod nbd;
 
+mod extensions;
 mod libnbd;
-mod pending;
+
 mod qemu;
 mod tester;

@@ -1,5 +1,4 @@
-//! What waits for the server: extended headers, TLS, and block status since a snapshot. Take `ignore` off a test, and it
-//! into the file of its client, as soon as the server has what it names.
+//! What a client has to ask for: extended headers, TLS, and block status since a snapshot.
 
 use crate::clients::{Clients, text};
 use crate::daemon::{Daemon, Place};
@@ -13,7 +12,6 @@ fn script(daemon: &Daemon<'_>, clients: &Clients, function: &str, name: &str, mo
 }
 
 #[test]
-#[ignore = "waits for extended headers in the server"]
 fn extended_headers_carry_requests_and_status_beyond_32_bits() {
     let Some(clients) = Clients::newer() else { return };
     let place = Place::new();
@@ -31,7 +29,6 @@ fn extended_headers_carry_requests_and_status_beyond_32_bits() {
 }
 
 #[test]
-#[ignore = "waits for blockhouse:changed-since: in the server"]
 fn block_status_tells_what_changed_since_a_snapshot() {
     for clients in Clients::all() {
         let place = Place::new();
@@ -50,7 +47,6 @@ fn block_status_tells_what_changed_since_a_snapshot() {
 }
 
 #[test]
-#[ignore = "waits for TLS in the server"]
 fn tls_serves_who_has_a_certificate_and_nobody_else() {
     let Some(tester) = Tester::get() else { return };
     let place = Place::new();
