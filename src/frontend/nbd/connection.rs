@@ -5,12 +5,13 @@
 
 use super::budget::NodeBudget;
 use super::handshake::{self, ExportFacts, Handshake, Negotiated, Security};
+use super::scratch::Scratch;
 use super::session::BadStream;
 use super::status::Context as MetaContext;
 use super::threads::{Finished, Threads};
 use super::tls::Tls;
-use super::transmission::{Cause, ClientEnd, Disk, Ended, Scratch, Transmission};
-use super::transport::{PlainSocket, Streamed, Transport};
+use super::transmission::{ClientEnd, Disk, Ended, Transmission};
+use super::transport::{Cause, PlainSocket, Streamed, Transport};
 use super::wire::LIST_MAX;
 use super::{Config, Exports, OpenExport, past::Past};
 use crate::block::BlockError;

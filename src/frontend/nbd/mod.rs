@@ -47,6 +47,7 @@ pub mod context;
 pub mod handshake;
 mod past;
 pub mod reply;
+mod scratch;
 pub mod server;
 pub mod session;
 pub mod status;

@@ -13,8 +13,9 @@
 //! [`WaitPermits`] says wait at a time.
 
 use super::connection::ConnectionError;
-use super::transmission::{Cause, Ended, Scratch, Transmission};
-use super::transport::PlainSocket;
+use super::scratch::Scratch;
+use super::transmission::{Ended, Transmission};
+use super::transport::{Cause, PlainSocket};
 use super::work::WaitPermits;
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, epoll, eventfd};

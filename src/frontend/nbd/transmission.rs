@@ -18,15 +18,16 @@ use super::budget::{ConnectionBudget, Reservation};
 use super::connection::{ConnectionError, Shared};
 use super::handshake::{Negotiated, Replies};
 use super::reply::{Chunk, Outbox, Part};
+use super::scratch::Scratch;
 use super::session::{Event, Fragments, Payload, Refusal, Request, Rest, Session};
 use super::status::{self, Context as MetaContext, Status, Stretch};
-use super::transport::Transport;
+use super::transport::{Cause, Interest, Transport};
 use super::wire::{Cookie, REQUESTS_MAX};
 use super::work::{self, FileParts, Means, WaitPermits};
 use crate::block::{BlockError, BlockHandler, Durability, ReadPlan, write_at};
 use crate::frontend::Operation;
 use crate::geometry::{ByteRange, len_of};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use std::collections::VecDeque;
@@ -54,58 +55,6 @@ const WRITE_PIECE_BYTES_MAX: usize = 256 * 1024;
 const ROUNDS_MAX: u32 = 16;
 /// What a buffer for replies begins with.
 const OUTPUT_BYTES: usize = OUTBOX_BYTES_MAX + 64 * 1024;
-
-/// Buffers that connections share, each while it is polled.
-#[derive(Default)]
-pub struct Scratch {
-    /// What has come and was not looked at yet is from `at` to `end`.
-    input: Vec<u8>,
-    at: usize,
-    end: usize,
-    output: BytesMut,
-    /// For the payload of a long write.
-    payload: Vec<u8>,
-}
-
-impl Scratch {
-    fn unread(&self) -> &[u8] {
-        &self.input[self.at..self.end]
-    }
-
-    /// Room for `bytes` behind what has come.
-    fn room(&mut self, bytes: usize) -> &mut [u8] {
-        if self.at > 0 {
-            self.input.copy_within(self.at..self.end, 0);
-            self.end -= self.at;
-            self.at = 0;
-        }
-        if self.input.len() < self.end + bytes {
-            self.input.resize(self.end + bytes, 0);
-        }
-        &mut self.input[self.end..self.end + bytes]
-    }
-
-    fn put(&mut self, bytes: &[u8]) {
-        self.room(bytes.len()).copy_from_slice(bytes);
-        self.end += bytes.len();
-    }
-}
-
-/// Why a transmission is polled.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Cause {
-    /// Its waker was used, or it is the first time.
-    Woken,
-    /// The stream is ready; nothing else happened.
-    Stream,
-}
-
-/// What the stream has to be ready for, for a transmission to go on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Interest {
-    pub receive: bool,
-    pub send: bool,
-}
 
 /// What a client asked for.
 pub struct Disk {

@@ -1,7 +1,7 @@
 //! How bytes get from and to a client.
 //!
 //! Owns: [`Transport`], what a transmission needs of a stream, over any stream of tokio's (TLS among them) and over a
-//! plain socket, which can be handed pages of a file.
+//! plain socket, which can be handed pages of a file; and why and for what a stream is waited for.
 //! Does not own: what the bytes say ([`super::session`]) or who polls (`connection`, `threads`).
 
 use super::reply::{FileSpan, Outbox};
@@ -33,6 +33,22 @@ pub trait Transport: Send + Unpin {
 
     /// Passes on what is held back.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+}
+
+/// Why a transmission is polled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cause {
+    /// Its waker was used, or it is the first time.
+    Woken,
+    /// The stream is ready; nothing else happened.
+    Stream,
+}
+
+/// What the stream has to be ready for, for a transmission to go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Interest {
+    pub receive: bool,
+    pub send: bool,
 }
 
 /// A stream that tokio polls.
