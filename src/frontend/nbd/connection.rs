@@ -19,6 +19,7 @@ use bytes::BytesMut;
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -133,17 +134,18 @@ pub async fn serve<S: Client>(io: S, security: Security, shared: &Shared) -> Res
     // One time limit for all of it, however often the client is asked to begin anew.
     let deadline = Instant::now() + shared.config.handshake_timeout;
     let mut handshake = Handshake::new(security);
-    let (agreed, io) = within(deadline, shared, negotiate(&mut handshake, io, &*shared.exports)).await?;
+    let (agreed, io) =
+        within(deadline, shared, Box::pin(negotiate(&mut handshake, io, &*shared.exports))).await?;
     match agreed {
         Outcome::Gone => Ok(()),
         Outcome::Agreed(agreed) => transmit(io, agreed, shared).await,
         Outcome::StartTls => {
             let Some(tls) = &shared.tls else { return Err(ConnectionError::Handshake("TLS is not set up")) };
             let accept = async { tls.acceptor().await.accept(io).await.map_err(ConnectionError::Tls) };
-            let io = within(deadline, shared, accept).await?;
+            let io = within(deadline, shared, Box::pin(accept)).await?;
             handshake.secured();
             let (agreed, io) =
-                within(deadline, shared, negotiate(&mut handshake, io, &*shared.exports)).await?;
+                within(deadline, shared, Box::pin(negotiate(&mut handshake, io, &*shared.exports))).await?;
             match agreed {
                 Outcome::Agreed(agreed) => transmit(io, agreed, shared).await,
                 Outcome::Gone | Outcome::StartTls => Ok(()),
@@ -152,10 +154,11 @@ pub async fn serve<S: Client>(io: S, security: Security, shared: &Shared) -> Res
     }
 }
 
+/// `step` is boxed: what a handshake needs is given back before the long part begins.
 async fn within<T>(
     deadline: Instant,
     shared: &Shared,
-    step: impl Future<Output = Result<T, ConnectionError>>,
+    step: Pin<Box<impl Future<Output = Result<T, ConnectionError>>>>,
 ) -> Result<T, ConnectionError> {
     tokio::select! {
         result = timeout_at(deadline, step) => result.map_err(|_| ConnectionError::HandshakeTimeout)?,
