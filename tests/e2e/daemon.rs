@@ -192,7 +192,8 @@ impl Daemon<'_> {
         }
     }
 
-    fn refused(mut self) -> (i32, String) {
+    /// Its exit code, and what it says.
+    pub fn refused(mut self) -> (i32, String) {
         let status = self.wait_end();
         let code = status.code().unwrap_or_else(|| panic!("ended by {status}: {}", self.log()));
         assert_ne!(code, 0, "{}", self.log());
