@@ -116,6 +116,11 @@ impl Client {
         Some(self.server_unix_ms.load(Ordering::Relaxed)).filter(|&at| at > 0)
     }
 
+    /// How long a transfer of `bytes` may take.
+    pub fn time_for(&self, bytes: u64) -> Duration {
+        self.answer_time + Duration::from_millis(bytes.saturating_mul(1000) / BYTES_PER_SECOND_MIN)
+    }
+
     /// Makes one request that moves about `bytes`, once it may go out.
     ///
     /// # Errors

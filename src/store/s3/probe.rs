@@ -81,11 +81,20 @@ impl From<StoreError> for Stop {
 /// Asks all questions.
 pub async fn run(client: &Client, form: &ETagForm) -> Result<Found, Refusal> {
     let probe = Probe { client, form, end: Instant::now() + PROBE_TIME };
+    match all(&probe).await {
+        Err(Refusal::Unsafe(reason)) if probe.keeps_versions().await => Err(Refusal::Unsafe(format!(
+            "{reason}; or try a bucket that does not keep versions: some servers keep conditions only there"
+        ))),
+        other => other,
+    }
+}
+
+async fn all(probe: &Probe<'_>) -> Result<Found, Refusal> {
     // The first answer shows whether there is a bucket at all, and that these credentials may write.
     let conditions = probe.step(Question::Conditions).await;
     if let Err(Refusal::Unsafe(quoted)) = conditions {
         // Some honour a condition only if it comes without the quotes.
-        form.set_bare(true);
+        probe.form.set_bare(true);
         probe.step(Question::Conditions).await.map_err(|second| match second {
             Refusal::Unsafe(_) => Refusal::Unsafe(quoted),
             trouble @ Refusal::Trouble(_) => trouble,
@@ -364,20 +373,31 @@ impl Probe<'_> {
         client.ask(Lane::Change, 0, request).await.map(drop)
     }
 
+    async fn keeps_versions(&self) -> bool {
+        let client = self.client;
+        let request = async {
+            let request = client.sdk.get_bucket_versioning().bucket(&client.address.bucket);
+            request.send().await.map_err(Fault::of)
+        };
+        match client.ask(Lane::Read, 0, request).await {
+            Ok(answer) => answer.status() == Some(&BucketVersioningStatus::Enabled),
+            Err(fault) => {
+                log::debug!("cannot tell whether the bucket keeps versions: {fault}");
+                false
+            }
+        }
+    }
+
     async fn warnings(&self) -> Vec<String> {
         let client = self.client;
         let bucket = &client.address.bucket;
         let mut warnings = Vec::new();
-        let versioning =
-            async { client.sdk.get_bucket_versioning().bucket(bucket).send().await.map_err(Fault::of) };
-        match client.ask(Lane::Read, 0, versioning).await {
-            Ok(answer) if answer.status() == Some(&BucketVersioningStatus::Enabled) => warnings.push(
+        if self.keeps_versions().await {
+            warnings.push(
                 "the bucket keeps old versions: deleting frees nothing, and every commit leaves one; turn versioning \
                  off, or let a lifecycle rule expire noncurrent versions"
                     .to_owned(),
-            ),
-            Ok(_) => {}
-            Err(fault) => log::debug!("cannot tell whether the bucket keeps versions: {fault}"),
+            );
         }
         let lock = async {
             client.sdk.get_object_lock_configuration().bucket(bucket).send().await.map_err(Fault::of)

@@ -115,13 +115,8 @@ impl Client {
         let end = Instant::now() + TRY_TIME;
         let mut backoff = Backoff::default();
         loop {
-            let bytes = match want {
-                Want::All(max) => max,
-                Want::FromTo(start, last) => last - start + 1,
-                Want::Last(len) => len,
-            };
-            let request = self.read_once(key, want);
-            match self.ask(Lane::Read, bytes.min(64 << 20), request).await {
+            // How long it may take is known with the length of the answer.
+            match self.ask(Lane::Read, READ_BYTES_MAX, self.read_once(key, want)).await {
                 Ok(part) => return Ok(part),
                 Err(Fault::Refused { status: 416, .. }) => {
                     // It ends before: how large it is, or whether it was deleted, its end tells.
@@ -147,10 +142,12 @@ impl Client {
             Want::Last(len) => Some(format!("bytes=-{len}")),
         };
         let request = self.sdk.get_object().bucket(&self.address.bucket).key(self.name(key)).set_range(range);
-        let answer = request.send().await.map_err(Fault::of)?;
+        let late = |_| Fault::Lost("the server is too slow".to_owned());
+        let answer =
+            tokio::time::timeout(self.answer_time, request.send()).await.map_err(late)?.map_err(Fault::of)?;
         let etag = parse_etag(answer.e_tag())?;
         let (start, len, stored_bytes) = extent(&answer, want)?;
-        let bytes = collect(answer, len).await?;
+        let bytes = tokio::time::timeout(self.time_for(len), collect(answer, len)).await.map_err(late)??;
         Ok(Part { bytes, start, stored_bytes, etag })
     }
 
