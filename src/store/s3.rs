@@ -64,10 +64,10 @@ impl Address {
                 "the bucket's name has 3 to 255 letters, digits, dots, hyphens and underscores".to_owned()
             );
         }
-        let prefix = prefix.strip_suffix('/').unwrap_or(prefix);
         if prefix.is_empty() {
             return Ok(Self { bucket: bucket.to_owned(), prefix: String::new() });
         }
+        let prefix = prefix.strip_suffix('/').unwrap_or(prefix);
         if prefix.len() > PREFIX_BYTES_MAX || Key::new(prefix).is_none() {
             return Err(format!(
                 "the prefix has at most {PREFIX_BYTES_MAX} letters, digits, dots, hyphens and underscores, in parts \

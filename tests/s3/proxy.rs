@@ -253,7 +253,7 @@ async fn serve(
             forward(server, &head, &body).await?;
             // Ends when the client gives up.
             let mut rest = [0; 1];
-            client.read(&mut rest).await?;
+            client.read_exact(&mut rest).await?;
             Vec::new()
         }
     };
