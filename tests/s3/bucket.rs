@@ -56,7 +56,21 @@ pub async fn names(bucket: &str, prefix: &str) -> Vec<String> {
     while let Some(page) = pages.next().await {
         names.extend(page.unwrap().contents.unwrap_or_default().into_iter().filter_map(|object| object.key));
     }
-    let uploads = client.list_multipart_uploads().bucket(bucket).prefix(prefix).send().await.unwrap();
-    names.extend(uploads.uploads.unwrap_or_default().into_iter().filter_map(|upload| upload.key));
+    names.extend(uploads(bucket, prefix).await.into_iter().map(|(name, _)| name));
     names
+}
+
+/// Uploads that nobody finished: their names, and how many parts each holds.
+pub async fn uploads(bucket: &str, prefix: &str) -> Vec<(String, usize)> {
+    let client = client().await;
+    let mut found = Vec::new();
+    let uploads = client.list_multipart_uploads().bucket(bucket).prefix(prefix).send().await.unwrap();
+    for upload in uploads.uploads.unwrap_or_default() {
+        let (name, id) = (upload.key.unwrap(), upload.upload_id.unwrap());
+        // It may have ended since.
+        if let Ok(parts) = client.list_parts().bucket(bucket).key(&name).upload_id(id).send().await {
+            found.push((name, parts.parts.unwrap_or_default().len()));
+        }
+    }
+    found
 }

@@ -239,11 +239,9 @@ async fn a_large_object_goes_in_parts_through_faults_and_leaves_none() {
         }
     };
     tokio::time::timeout(Duration::from_secs(20), left).await.expect("parts are removed");
-    assert_eq!(
-        bucket::names("pools", &config.address.prefix).await.len(),
-        1,
-        "the first object, and no parts"
-    );
+    // One whose beginning was not answered holds nothing, and goes with the sweep of a later start.
+    let uploads = bucket::uploads("pools", &config.address.prefix).await;
+    assert!(uploads.iter().all(|(name, parts)| name.ends_with("large") && *parts == 0), "{uploads:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
