@@ -4,6 +4,7 @@
 //! Does not own: what the settings do.
 
 use super::size::Size;
+use crate::store::s3::{Address, S3Config};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -32,6 +33,18 @@ pub struct Config {
 #[serde(default, deny_unknown_fields)]
 pub struct PoolConfig {
     pub dir: PathBuf,
+    /// In a bucket instead of the directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path_style: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    pub wait_seconds: u64,
 }
 
 /// Where this node keeps what it acknowledged.
@@ -92,7 +105,15 @@ pub struct LimitsConfig {
 
 impl Default for PoolConfig {
     fn default() -> Self {
-        Self { dir: "pool".into() }
+        Self {
+            dir: "pool".into(),
+            url: None,
+            endpoint: None,
+            region: None,
+            path_style: None,
+            ca_file: None,
+            wait_seconds: 60,
+        }
     }
 }
 
@@ -185,7 +206,7 @@ impl Loaded {
         let nbd = &mut config.nbd;
         let paths = [&mut config.pool.dir, &mut config.state.dir, &mut nbd.socket, &mut config.http.socket];
         let maybe = [&mut nbd.tls_certificate, &mut nbd.tls_key, &mut nbd.tls_client_ca];
-        let maybe = maybe.into_iter().flatten().chain(&mut config.state.runtime_dir);
+        let maybe = maybe.into_iter().flatten().chain(&mut config.state.runtime_dir).chain(&mut config.pool.ca_file);
         for path in paths.into_iter().chain(maybe) {
             *path = self.data_dir.join(&path);
         }
@@ -216,6 +237,49 @@ fn read_limited(path: &Path) -> std::io::Result<String> {
     Ok(text)
 }
 
+impl PoolConfig {
+    /// Where the pool is, for people.
+    pub fn place(&self) -> String {
+        self.url.clone().unwrap_or_else(|| self.dir.display().to_string())
+    }
+
+    /// The bucket, if the pool is in one.
+    ///
+    /// # Errors
+    /// What is wrong, for a person.
+    pub fn s3(&self) -> Result<Option<S3Config>, String> {
+        let Some(url) = &self.url else {
+            let Self { dir: _, url: _, endpoint, region, path_style, ca_file, wait_seconds: _ } = self;
+            if endpoint.is_some() || region.is_some() || path_style.is_some() || ca_file.is_some() {
+                return Err(
+                    "[pool]: endpoint, region, path_style and ca_file are for a pool with a url".to_owned()
+                );
+            }
+            return Ok(None);
+        };
+        let address = Address::parse(url).map_err(|reason| format!("[pool] url: \"{url}\": {reason}"))?;
+        if let Some(endpoint) = &self.endpoint {
+            let host = endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
+            let is_good = |host: &str| {
+                let host = host.strip_suffix('/').unwrap_or(host);
+                !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_:[]".contains(&b))
+            };
+            if !host.is_some_and(is_good) {
+                return Err(format!(
+                    "[pool] endpoint: \"{endpoint}\" is no server; write it like https://s3.example.org:9000"
+                ));
+            }
+        }
+        Ok(Some(S3Config {
+            endpoint: self.endpoint.clone(),
+            region: self.region.clone(),
+            path_style: self.path_style,
+            ca_file: self.ca_file.clone(),
+            ..S3Config::new(address)
+        }))
+    }
+}
+
 fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
     let wrong = |message: String| ConfigError::Wrong { path: path.to_owned(), message };
     let config: Config =
@@ -226,7 +290,14 @@ fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
 
 impl Config {
     /// What no type says.
-    fn check(&self) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// What is wrong, for a person.
+    pub fn check(&self) -> Result<(), String> {
+        self.pool.s3()?;
+        if self.pool.wait_seconds == 0 {
+            return Err("[pool] wait_seconds: must be at least 1".to_owned());
+        }
         let addresses = self.nbd.listen.iter().map(|text| ("nbd", text));
         for (room, text) in addresses.chain([("http", &self.http.listen)]) {
             if text.parse::<std::net::SocketAddr>().is_err() {
@@ -268,14 +339,30 @@ pub fn sample(config: &Config) -> String {
     let tls_certificate = maybe("tls_certificate", &config.nbd.tls_certificate, "tls/server.pem");
     let tls_key = maybe("tls_key", &config.nbd.tls_key, "tls/server.key");
     let tls_client_ca = maybe("tls_client_ca", &config.nbd.tls_client_ca, "tls/clients.pem");
+    let optional = |name: &str, value: Option<String>, example: &str| match value {
+        Some(value) => format!("{name} = {value}"),
+        None => format!("# {name} = {example}"),
+    };
     let Config { pool, state, nbd, http, cache, commit, limits } = config;
     format!(
         "\
 # Sizes: K, M, G, T are powers of 1024; KB, MB, GB, TB powers of 1000; or a number of bytes.
 
 [pool]
-# The object store: a directory, on any file system with hard links.
+# The object store: a directory, on any file system with hard links,
 dir = {pool_dir}
+# or, instead of it, a bucket. Credentials are found as by all AWS tools: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
+# ~/.aws, or the role of the machine.
+{pool_url}
+# A server that is not Amazon's.
+{pool_endpoint}
+{pool_region}
+# Whether the bucket is in the path instead of the host's name; by default with an endpoint.
+{pool_path_style}
+# Certificates (PEM) of the only authorities to trust, instead of the machine's.
+{pool_ca_file}
+# How long reads wait for a pool that is away before their clients get an error.
+wait_seconds = {pool_wait_seconds}
 
 [state]
 # What is acknowledged and not yet in the pool, the clean cache, and the identity of this node. Local disk.
@@ -323,6 +410,13 @@ http_connections = {http_connections}
 nbd_connections = {nbd_connections}
 ",
         pool_dir = path(&pool.dir),
+        pool_url = optional("url", pool.url.as_deref().map(text), "\"s3://bucket/prefix\""),
+        pool_endpoint =
+            optional("endpoint", pool.endpoint.as_deref().map(text), "\"https://s3.example.org:9000\""),
+        pool_region = optional("region", pool.region.as_deref().map(text), "\"eu-central-1\""),
+        pool_path_style = optional("path_style", pool.path_style.map(|is| is.to_string()), "true"),
+        pool_ca_file = optional("ca_file", pool.ca_file.as_deref().map(path), "\"ca.pem\""),
+        pool_wait_seconds = pool.wait_seconds,
         state_dir = path(&state.dir),
         nbd_listen = list(&nbd.listen),
         nbd_socket = path(&nbd.socket),
@@ -344,7 +438,15 @@ mod tests {
 
     fn changed() -> Config {
         Config {
-            pool: PoolConfig { dir: "/srv/a \"pool\"".into() },
+            pool: PoolConfig {
+                dir: "/srv/a \"pool\"".into(),
+                url: Some("s3://bucket/a/b".into()),
+                endpoint: Some("https://[::1]:9000".into()),
+                region: Some("r\"1".into()),
+                path_style: Some(false),
+                ca_file: Some("ca.pem".into()),
+                wait_seconds: 7,
+            },
             state: StateConfig { dir: "s".into(), runtime_dir: Some("/run/blockhouse".into()) },
             nbd: NbdConfig {
                 listen: vec!["[::1]:1".into(), "0.0.0.0:2".into()],
@@ -386,6 +488,12 @@ mod tests {
         assert_eq!(parse("", path).unwrap(), Config::default());
         assert_eq!(parse("[cache]\nsize = 4096", path).unwrap().cache.size, Size(4096));
         for (wrong, named) in [
+            ("[pool]\nurl = \"http://x\"", "s3://bucket/prefix"),
+            ("[pool]\nurl = \"s3://../x\"", "bucket"),
+            ("[pool]\nendpoint = \"https://x\"", "url"),
+            ("[pool]\nurl = \"s3://bucket\"\nendpoint = \"s3.example.org\"", "https://"),
+            ("[pool]\nurl = \"s3://bucket\"\nendpoint = \"https://u:p@x/\"", "no server"),
+            ("[pool]\nwait_seconds = 0", "wait_seconds"),
             ("[cash]", "cash"),
             ("[cache]\nsise = 1", "sise"),
             ("[cache]\nsize = \"1X\"", "\"X\" is no unit"),

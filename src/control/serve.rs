@@ -45,7 +45,10 @@ pub async fn start_node(config: Config, passed: Vec<Arc<Passed>>) -> anyhow::Res
             found.with_context(|| format!("failed to find the address nbd.listen = \"{address}\""))?.take(1),
         );
     }
+    let s3 = config.pool.s3().map_err(anyhow::Error::msg)?;
     let mut node = NodeConfig::new(config.pool.dir, config.state.dir);
+    node.s3 = s3;
+    node.engine.pool_wait = Duration::from_secs(config.pool.wait_seconds);
     node.runtime_dir = config.state.runtime_dir;
     node.cache_bytes = config.cache.size.0;
     node.nbd.tcp = tcp;
@@ -209,7 +212,7 @@ fn welcome_text(loaded: &Loaded, config: &Config, addresses: &Addresses, nbd: &[
     let nbd = if nbd.is_empty() { "not served".to_owned() } else { nbd.join(" ") };
     let rows = [
         ("settings", settings),
-        ("pool", config.pool.dir.display().to_string()),
+        ("pool", config.pool.place()),
         ("state", config.state.dir.display().to_string()),
         ("NBD", nbd),
         ("NBD socket", config.nbd.socket.display().to_string()),

@@ -6,6 +6,7 @@
 use super::Core;
 use super::attachments::Entry;
 use crate::node::service::{Finding, ServiceError, Space};
+use crate::store::s3::Standing;
 use crate::store::{GetRange, Key, StoreError};
 use crate::volume::catalog::{self, orphans};
 use crate::volume::engine::EngineError;
@@ -28,6 +29,7 @@ impl Core {
     pub async fn doctor(&self) -> Vec<Finding> {
         let mut all = vec![self.state_finding().await, self.runtime_finding(), self.space_finding().await];
         all.push(self.pool_finding().await);
+        all.extend(self.bucket_findings());
         all.push(match self.engine.clock.wall().0 {
             now if now < CLOCK_SANE_MS => {
                 finding("problem", "clock", "the clock was never set: start a time service")
@@ -132,6 +134,25 @@ impl Core {
             Ok(Ok(())) => {
                 let took = started.elapsed().as_millis();
                 finding("ok", "pool", format!("write, read and delete took {took} ms"))
+            }
+        }
+    }
+
+    fn bucket_findings(&self) -> Vec<Finding> {
+        let Some(s3) = &self.s3 else { return Vec::new() };
+        let what = "bucket";
+        match s3.standing() {
+            Standing::Unproven => vec![finding(
+                "problem",
+                what,
+                "not proven yet, because it did not answer: nothing is changed there until it does",
+            )],
+            Standing::Refused(reason) => vec![finding("problem", what, reason)],
+            Standing::Proven { warnings } if warnings.is_empty() => {
+                vec![finding("ok", what, "it keeps conditions, dates and listings")]
+            }
+            Standing::Proven { warnings } => {
+                warnings.into_iter().map(|warning| finding("warning", what, warning)).collect()
             }
         }
     }

@@ -20,6 +20,7 @@ use crate::frontend::nbd::tls::TlsDemand;
 use crate::frontend::nbd::{self, Server};
 use crate::offload::Offload;
 use crate::store::dir::{DirConfig, DirStore, IfMissing};
+use crate::store::s3::{S3Config, S3OpenError, S3Store};
 use crate::store::{GetRange, ObjectStore};
 use crate::volume::cache::{CacheConfig, CleanCache};
 use crate::volume::catalog::open_pool;
@@ -44,6 +45,8 @@ use tokio_util::sync::CancellationToken;
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
     pub pool_dir: PathBuf,
+    /// The pool, instead of the directory.
+    pub s3: Option<S3Config>,
     pub state_dir: PathBuf,
     /// On tmpfs; none: a fitting place is found.
     pub runtime_dir: Option<PathBuf>,
@@ -60,12 +63,21 @@ impl NodeConfig {
     pub fn new(pool_dir: impl Into<PathBuf>, state_dir: impl Into<PathBuf>) -> Self {
         Self {
             pool_dir: pool_dir.into(),
+            s3: None,
             state_dir: state_dir.into(),
             runtime_dir: None,
             nbd: nbd::Config::default(),
             cache_bytes: 1 << 30,
             engine: EngineConfig::default(),
             operation_time: Duration::from_secs(60),
+        }
+    }
+
+    /// The pool, for people.
+    pub fn pool_place(&self) -> String {
+        match &self.s3 {
+            Some(s3) => s3.address.to_string(),
+            None => self.pool_dir.display().to_string(),
         }
     }
 }
@@ -85,6 +97,8 @@ enum Pool {
 pub struct Core {
     config: NodeConfig,
     engine: Arc<Engine>,
+    /// The store, if it is one that has more to tell than answers.
+    s3: Option<S3Store>,
     table: Table,
     jobs: Jobs,
     readers: Readers,
@@ -123,20 +137,21 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node on a pool in a directory. Volumes that were attached before are recovered in the background.
+    /// Starts a node on the pool that `config` names. Volumes that were attached before are recovered in the background.
     ///
     /// # Errors
-    /// Whatever keeps it from serving: a state directory that is in use or of another pool, an unreadable pool, an
-    /// address that is taken.
+    /// Whatever keeps it from serving: a state directory that is in use or of another pool, an unreadable pool, a bucket
+    /// that keeps no condition, an address that is taken.
     pub async fn start(config: NodeConfig) -> anyhow::Result<Arc<Self>> {
-        let pool_dir = config.pool_dir.clone();
-        Self::start_with(config, |known| async move {
-            // A known pool whose directory is empty is most likely not mounted: no second one is made in its place.
-            let if_missing = if known { IfMissing::Fail } else { IfMissing::Create };
-            let store = DirStore::open(pool_dir.clone(), DirConfig { if_missing, ..DirConfig::default() })
-                .await
-                .with_context(|| format!("failed to open the pool in {}", pool_dir.display()))?;
-            Ok(Arc::new(store) as Arc<dyn ObjectStore>)
+        let (pool_dir, s3) = (config.pool_dir.clone(), config.s3.clone());
+        Self::start_on(config, |known| async move {
+            match s3 {
+                Some(s3) => {
+                    let store = open_s3(&s3, known).await?;
+                    Ok((Arc::new(store.clone()) as Arc<dyn ObjectStore>, Some(store)))
+                }
+                None => Ok((open_dir(pool_dir, known).await?, None)),
+            }
         })
         .await
     }
@@ -148,6 +163,13 @@ impl Node {
     pub async fn start_with<F>(config: NodeConfig, open: impl FnOnce(bool) -> F) -> anyhow::Result<Arc<Self>>
     where
         F: Future<Output = anyhow::Result<Arc<dyn ObjectStore>>>,
+    {
+        Self::start_on(config, |known| async move { Ok((open(known).await?, None)) }).await
+    }
+
+    async fn start_on<F>(config: NodeConfig, open: impl FnOnce(bool) -> F) -> anyhow::Result<Arc<Self>>
+    where
+        F: Future<Output = anyhow::Result<(Arc<dyn ObjectStore>, Option<S3Store>)>>,
     {
         if let Err(error) = raise_file_limit() {
             log::warn!("failed to raise the limit of open files: {error}");
@@ -165,7 +187,7 @@ impl Node {
         let disk: Arc<dyn Disk> = Arc::new(disk);
         let clock = Clock::System;
         let file = NodeFile::read(&*disk).await?;
-        let store = open(file.is_some()).await?;
+        let (store, s3) = open(file.is_some()).await?;
         let (file, pool) = identify(file, &*store, &clock).await?;
         let identity = file.begin(&*disk).await?;
         let cache =
@@ -187,6 +209,7 @@ impl Node {
         let core = Arc::new(Core {
             config,
             engine,
+            s3,
             table,
             jobs: Jobs::default(),
             readers: Readers::default(),
@@ -250,6 +273,28 @@ impl Node {
     /// The disks of this node, as a frontend sees them.
     pub fn exports(&self) -> Arc<dyn nbd::Exports> {
         Arc::new(NodeExports(self.core.clone()))
+    }
+}
+
+async fn open_dir(pool_dir: PathBuf, known: bool) -> anyhow::Result<Arc<dyn ObjectStore>> {
+    // A known pool whose directory is empty is most likely not mounted: no second one is made in its place.
+    let if_missing = if known { IfMissing::Fail } else { IfMissing::Create };
+    let store = DirStore::open(pool_dir.clone(), DirConfig { if_missing, ..DirConfig::default() })
+        .await
+        .with_context(|| format!("failed to open the pool in {}", pool_dir.display()))?;
+    Ok(Arc::new(store))
+}
+
+async fn open_s3(config: &S3Config, known: bool) -> anyhow::Result<S3Store> {
+    let store = S3Store::new(config).await?;
+    match store.prove().await {
+        Ok(()) => Ok(store),
+        // What is acknowledged here is served without the pool; it is proven before anything is changed there.
+        Err(S3OpenError::Unavailable(reason)) if known => {
+            log::warn!("{} is not proven yet: {reason}", config.address);
+            Ok(store)
+        }
+        Err(error) => Err(error).with_context(|| format!("failed to open the pool in {}", config.address)),
     }
 }
 

@@ -365,7 +365,7 @@ impl Service for Node {
         Ok(NodeInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node_id: core.engine.identity.node.to_string(),
-            pool: core.config.pool_dir.display().to_string(),
+            pool: core.config.pool_place(),
             pool_id: core.engine.identity.pool.to_string(),
             started: core.started,
             ready: self.ready().await.is_ok(),

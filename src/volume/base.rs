@@ -11,6 +11,7 @@ use crate::volume::map::{Map, MapRef, lookup_unfolded};
 use crate::volume::pack::{BlockLocation, Lookup, PackIndex, decode_block};
 use crate::volume::segment::{SegmentRef, segment_blocks, segment_of};
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use std::sync::Arc;
 
 /// A map and the footers of its unfolded packs.
@@ -128,8 +129,13 @@ pub async fn load_block(engine: &Arc<Engine>, location: BlockLocation) -> Result
             Err(_) => pinned.discard(),
         }
     }
-    let fetching = engine.clone();
-    engine.flights.join(hash, move || Box::pin(fetch_block(fetching, location))).await
+    let (fetching, keeping) = (engine.clone(), engine.cache.clone());
+    let fetch = move || -> BoxFuture<'static, _> { Box::pin(fetch_block(fetching, location)) };
+    // The reader does not wait for the cache, and until the cache has the block nobody fetches it again.
+    let keep = move |block| -> BoxFuture<'static, ()> {
+        Box::pin(async move { drop(keeping.insert(hash, block).await) })
+    };
+    engine.flights.join_and_keep(hash, fetch, keep).await
 }
 
 async fn fetch_block(engine: Arc<Engine>, location: BlockLocation) -> Result<Bytes, EngineError> {
@@ -150,8 +156,5 @@ async fn fetch_block(engine: Arc<Engine>, location: BlockLocation) -> Result<Byt
         .await
         .map_err(|error| EngineError::Corrupt(format!("{key}: {error}")))?;
     drop(permit);
-    // The reader does not wait for the cache.
-    let (cache, copy) = (engine.cache.clone(), block.clone());
-    tokio::spawn(async move { cache.insert(hash, copy).await });
     Ok(block)
 }

@@ -68,7 +68,23 @@ where
     where
         F: FnOnce() -> BoxFuture<'static, Result<V, E>>,
     {
-        let mut make = Some(make);
+        self.join_and_keep(key, make, |_| std::future::ready(()).boxed()).await
+    }
+
+    /// The same, and who asks while a good result is being kept where it will be looked for gets it from here: between
+    /// the end of the work and that nobody starts it again. Nobody waits for the keeping.
+    ///
+    /// # Errors
+    /// As [`Flights::join`].
+    ///
+    /// # Cancellation
+    /// As [`Flights::join`].
+    pub async fn join_and_keep<F, G>(&self, key: K, make: F, keep: G) -> Result<V, E>
+    where
+        F: FnOnce() -> BoxFuture<'static, Result<V, E>>,
+        G: FnOnce(V) -> BoxFuture<'static, ()> + Send + 'static,
+    {
+        let mut make = Some((make, keep));
         loop {
             let (result, start) = {
                 let mut board = self.in_the_air.lock();
@@ -83,14 +99,27 @@ where
                             board: self.in_the_air.clone(),
                             key: key.clone(),
                             sender: Some(sender),
+                            is_on_board: true,
                         };
                         (result, Some((make, landing)))
                     }
                 }
             };
-            if let Some((make, landing)) = start {
+            if let Some(((make, keep), mut landing)) = start {
                 let work = make();
-                tokio::spawn(async move { landing.land(work.await) });
+                tokio::spawn(async move {
+                    match work.await {
+                        Ok(value) => {
+                            landing.tell(Ok(value.clone()));
+                            keep(value).await;
+                        }
+                        failed => {
+                            // Off the board first: who asks from here on wants what holds from here on.
+                            landing.leave();
+                            landing.tell(failed);
+                        }
+                    }
+                });
             }
             // Closed without a result: the work was lost, and the next round takes it over.
             if let Ok(result) = result.await {
@@ -106,25 +135,28 @@ struct Landing<K: Eq + Hash, V, E> {
     key: K,
     /// Gone once it landed.
     sender: Option<oneshot::Sender<Result<V, E>>>,
+    is_on_board: bool,
 }
 
 impl<K: Eq + Hash, V, E> Landing<K, V, E> {
-    fn land(mut self, result: Result<V, E>) {
-        // Off the board first: who asks from here on wants what holds from here on.
-        self.board.lock().remove(&self.key);
+    fn tell(&mut self, result: Result<V, E>) {
         if let Some(sender) = self.sender.take() {
             // Nobody waits any more: the work was for its effects.
             let _gone = sender.send(result).is_err();
+        }
+    }
+
+    fn leave(&mut self) {
+        if std::mem::take(&mut self.is_on_board) {
+            self.board.lock().remove(&self.key);
         }
     }
 }
 
 impl<K: Eq + Hash, V, E> Drop for Landing<K, V, E> {
     fn drop(&mut self) {
-        // Only what never landed is still this flight's: a waiter sees the end only when the sender goes, after this.
-        if self.sender.is_some() {
-            self.board.lock().remove(&self.key);
-        }
+        // Before the sender goes: only by that does a waiter see the end of what never landed.
+        self.leave();
     }
 }
 
@@ -179,6 +211,25 @@ mod tests {
         assert!(others.into_iter().all(|result| result == Ok(7)));
         assert!(flights.is_empty());
         assert_eq!(flights.join(1, || answer(Ok(9))).await, Ok(9));
+    }
+
+    #[tokio::test]
+    async fn what_is_being_kept_is_not_fetched_again_and_nobody_waits_for_it() {
+        let flights = Tested::default();
+        let (go, wait) = oneshot::channel::<()>();
+        let keep = |value: u32| {
+            assert_eq!(value, 7);
+            async move { wait.await.unwrap() }.boxed()
+        };
+        assert_eq!(flights.join_and_keep(1, || answer(Ok(7)), keep).await, Ok(7));
+        for _ in 0..3 {
+            assert_eq!(flights.join(1, never).await, Ok(7));
+        }
+        go.send(()).unwrap();
+        while !flights.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(flights.join(1, || answer(Ok(8))).await, Ok(8));
     }
 
     #[tokio::test]

@@ -189,6 +189,7 @@ impl Daemon<'_> {
         }
     }
 
+    /// Its exit code, and what it says.
     pub fn refused(mut self) -> (i32, String) {
         let status = self.wait_end();
         let code = status.code().unwrap_or_else(|| panic!("ended by {status}: {}", self.log()));

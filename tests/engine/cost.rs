@@ -51,6 +51,36 @@ async fn scattered_writes_over_a_tebibyte_cost_six_puts_at_most() {
     life.release().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_readers_of_the_same_cold_blocks_fetch_no_more_than_one() {
+    const READERS: u64 = 64;
+    const BLOCKS: u64 = 128;
+    let mut node = Node::alone().await;
+    node.create("v", GIB, None).await;
+    let life = node.life("v").await;
+    life.write(0, noise(1, BLOCKS * BLOCK_BYTES)).await;
+    life.commit().await;
+    life.kill().await;
+    node.cache_bytes = 64 * MIB;
+    let life = node.life("v").await;
+    let before = node.store.gets.load(Ordering::SeqCst);
+    // Each begins elsewhere, so that some come while a block is fetched, some while it is kept, some after.
+    let readers = (0..READERS).map(|reader| {
+        let life = &life;
+        async move {
+            for step in 0..BLOCKS {
+                let block = (reader * 3 + step) % BLOCKS;
+                assert_eq!(life.read(block * BLOCK_BYTES, 4 * KIB).await.len(), 4096);
+            }
+        }
+    });
+    futures::future::join_all(readers).await;
+    let gets = node.store.gets.load(Ordering::SeqCst) - before;
+    state("64 readers of 128 cold blocks", &format!("{gets} gets"));
+    assert!(gets * 100 <= BLOCKS * 105, "{gets} gets");
+    life.kill().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_into_a_block_that_only_the_pool_has_asks_it_nothing() {
     let mut node = Node::alone().await;

@@ -59,6 +59,8 @@ pub enum Command {
         /// Log level: error, warn, info, debug or trace [default: $BLOCKHOUSE_LOG, or info]
         #[arg(long, value_name = "LEVEL")]
         log: Option<log::LevelFilter>,
+        #[command(flatten)]
+        pool: PoolArgs,
     },
     /// Volumes: writable disks
     #[command(subcommand)]
@@ -85,6 +87,26 @@ pub enum Command {
     Config(ConfigCommand),
     /// Print a completion script for a shell
     Completions { shell: Shell },
+}
+
+/// Where the pool is, over what the settings say.
+#[derive(Args, Debug, Clone, Default)]
+pub struct PoolArgs {
+    /// The pool: a directory, or s3://bucket/prefix
+    #[arg(long, value_name = "ADDRESS", value_hint = ValueHint::DirPath)]
+    pub pool: Option<String>,
+    /// URL of an S3 server that is not Amazon's
+    #[arg(long, value_name = "URL", value_hint = ValueHint::Url)]
+    pub endpoint: Option<String>,
+    /// Region of the bucket
+    #[arg(long)]
+    pub region: Option<String>,
+    /// Whether the bucket is in the path instead of the host's name [default: with an endpoint]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub path_style: Option<bool>,
+    /// Certificates (PEM) of the only authorities that an S3 server is trusted by
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub ca_file: Option<PathBuf>,
 }
 
 #[derive(Subcommand, Debug)]

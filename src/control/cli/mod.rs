@@ -12,7 +12,7 @@ mod volume;
 
 pub use args::Cli;
 
-use crate::control::config::{DATA_DIR, Loaded};
+use crate::control::config::{DATA_DIR, Loaded, PoolConfig};
 use crate::control::text::{Paint, plain};
 use crate::control::{logging, serve};
 use crate::node::service::{Refusal, ServiceError};
@@ -21,7 +21,7 @@ use clap::{CommandFactory as _, Parser as _};
 use client::{Client, Outcome, Reply};
 use std::ffi::OsString;
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Exit code that a refusal ends a command with; they are listed in `--help`.
@@ -70,7 +70,7 @@ fn report(error: &ServiceError) {
 fn dispatch(global: &Global, command: Command) -> Outcome<ExitCode> {
     let done = |outcome: Outcome<()>| outcome.map(|()| ExitCode::SUCCESS);
     match command {
-        Command::Serve { log } => done(run_daemon(global, log)),
+        Command::Serve { log, pool } => done(run_daemon(global, log, pool)),
         Command::Config(ConfigCommand::Show) => {
             print(&load(global)?.show());
             Ok(ExitCode::SUCCESS)
@@ -96,7 +96,7 @@ fn load(global: &Global) -> Outcome<Loaded> {
         .map_err(|error| ServiceError::new(Refusal::Invalid, error.to_string()))
 }
 
-fn run_daemon(global: &Global, level: Option<log::LevelFilter>) -> Outcome<()> {
+fn run_daemon(global: &Global, level: Option<log::LevelFilter>, pool: args::PoolArgs) -> Outcome<()> {
     let level = match (level, std::env::var("BLOCKHOUSE_LOG")) {
         (Some(level), _) => level,
         (None, Ok(text)) if !text.is_empty() => text.parse().map_err(|_| {
@@ -106,13 +106,39 @@ fn run_daemon(global: &Global, level: Option<log::LevelFilter>) -> Outcome<()> {
         (None, _) => log::LevelFilter::Info,
     };
     logging::start(level);
-    serve::run(load(global)?).map_err(|error| match error.downcast_ref::<ServiceError>() {
+    let mut loaded = load(global)?;
+    place_pool(&mut loaded, pool)?;
+    serve::run(loaded).map_err(|error| match error.downcast_ref::<ServiceError>() {
         Some(refused) => refused.clone(),
         None => {
             let hint = serve::hint(&error);
             ServiceError { hint, ..ServiceError::new(Refusal::Internal, format!("{error:#}")) }
         }
     })
+}
+
+/// Puts what the command line says of the pool over the settings.
+fn place_pool(loaded: &mut Loaded, args: args::PoolArgs) -> Outcome<()> {
+    let args::PoolArgs { pool, endpoint, region, path_style, ca_file } = args;
+    let written = &mut loaded.written.pool;
+    // Relative to where it was typed, not to the data directory.
+    let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+    match pool {
+        Some(url) if url.contains("://") => written.url = Some(url),
+        Some(dir) => {
+            *written = PoolConfig {
+                dir: absolute(dir.into()),
+                wait_seconds: written.wait_seconds,
+                ..PoolConfig::default()
+            }
+        }
+        None => {}
+    }
+    written.endpoint = endpoint.or(written.endpoint.take());
+    written.region = region.or(written.region.take());
+    written.path_style = path_style.or(written.path_style.take());
+    written.ca_file = ca_file.map(absolute).or(written.ca_file.take());
+    loaded.written.check().map_err(|reason| ServiceError::new(Refusal::Invalid, reason))
 }
 
 /// Runs `work` with a client of the daemon.
