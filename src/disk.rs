@@ -30,14 +30,17 @@ pub trait DiskFile: Send + Sync + 'static {
     fn sync_data(&self) -> BoxFuture<'static, io::Result<()>>;
     /// Waits for write-back under way and reports an error that it met, without asking for durability.
     fn check_write_back(&self) -> BoxFuture<'static, io::Result<()>>;
-    /// Gives the space of a stretch back: it reads as zeros, and pages of it that others still hold, a socket
-    /// perhaps, are no longer the file's.
-    ///
-    /// # Errors
-    /// `Unsupported` where the file system cannot.
-    fn punch(&self, _offset_bytes: u64, _len_bytes: u64) -> BoxFuture<'static, io::Result<()>> {
-        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+    /// Whether [`DiskFile::forget`] can ever succeed: not where memory is all that the file has.
+    fn forgets(&self) -> bool {
+        false
     }
+    /// Lets the kernel drop a stretch from memory, but for pages that somebody else holds, a socket perhaps. `true`:
+    /// it has none of them any more, so that whoever holds some no longer sees what becomes of the file.
+    fn forget(&self, _offset_bytes: u64, _len_bytes: u64) -> BoxFuture<'static, io::Result<bool>> {
+        Box::pin(async { Ok(false) })
+    }
+    /// Says that neighbours will not be read next.
+    fn expect_random_reads(&self) {}
     /// Allocated stretches of the file from `from_bytes` on, as far as the file system tells: at most `max`.
     /// No witness of what was written, only a superset of what may be other than zero.
     fn data_stretches(&self, from_bytes: u64, max: usize) -> BoxFuture<'static, io::Result<Vec<(u64, u64)>>>;

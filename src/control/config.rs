@@ -206,7 +206,8 @@ impl Loaded {
         let nbd = &mut config.nbd;
         let paths = [&mut config.pool.dir, &mut config.state.dir, &mut nbd.socket, &mut config.http.socket];
         let maybe = [&mut nbd.tls_certificate, &mut nbd.tls_key, &mut nbd.tls_client_ca];
-        let maybe = maybe.into_iter().flatten().chain(&mut config.state.runtime_dir).chain(&mut config.pool.ca_file);
+        let maybe =
+            maybe.into_iter().flatten().chain(&mut config.state.runtime_dir).chain(&mut config.pool.ca_file);
         for path in paths.into_iter().chain(maybe) {
             *path = self.data_dir.join(&path);
         }

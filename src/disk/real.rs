@@ -24,6 +24,7 @@ use rustix::process::Resource;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read as _};
+use std::num::NonZero;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Component, Path, PathBuf};
@@ -43,6 +44,10 @@ const REFUSALS_MAX: u32 = 16;
 const REFUSED_ASK_EVERY: u32 = 1024;
 /// Names of files on their way to [`Disk::write_small`]'s rename; never listed.
 const TEMPORARY_PREFIX: &str = ".tmp-";
+/// `statfs(2)` of a file system that is memory only.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+/// The kernel keeps at most so many neighbouring bytes as one.
+const FOLIO_BYTES_MAX: u64 = 2 << 20;
 /// `cachestat(2)`, the same on every architecture.
 const SYS_CACHESTAT: libc::c_long = 451;
 /// Where a node's local files are.
@@ -617,16 +622,35 @@ impl DiskFile for RealFile {
         })
     }
 
-    fn punch(&self, offset_bytes: u64, len_bytes: u64) -> BoxFuture<'static, io::Result<()>> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        self.run(move |file| {
-            loop {
-                match rustix::fs::fallocate(file, flags, offset_bytes, len_bytes) {
-                    Err(Errno::INTR) => {}
-                    result => return Ok(result?),
-                }
-            }
+    fn forgets(&self) -> bool {
+        self.inner.file().is_ok_and(|file| {
+            let is_memory = rustix::fs::fstatfs(file).is_ok_and(|found| found.f_type == TMPFS_MAGIC);
+            !is_memory && resident_pages(file, 0, 1).is_some()
         })
+    }
+
+    fn forget(&self, offset_bytes: u64, len_bytes: u64) -> BoxFuture<'static, io::Result<bool>> {
+        self.run(move |file| {
+            let is_gone = || resident_pages(file, offset_bytes, len_bytes) == Some(0);
+            let drop_pages = |start: u64, len: u64| {
+                rustix::fs::fadvise(file, start, NonZero::new(len), rustix::fs::Advice::DontNeed)
+            };
+            drop_pages(offset_bytes, len_bytes)?;
+            if !is_gone() {
+                // The kernel may keep neighbours together with it, and drops only what it is told as a whole.
+                let start = offset_bytes / FOLIO_BYTES_MAX * FOLIO_BYTES_MAX;
+                let end = (offset_bytes + len_bytes).next_multiple_of(FOLIO_BYTES_MAX);
+                drop_pages(start, end - start)?;
+            }
+            Ok(is_gone())
+        })
+    }
+
+    fn expect_random_reads(&self) {
+        // Only a hint: without it nothing breaks.
+        if let Ok(file) = self.inner.file() {
+            drop(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Random).map_err(io::Error::from));
+        }
     }
 
     fn data_stretches(&self, from_bytes: u64, max: usize) -> BoxFuture<'static, io::Result<Vec<(u64, u64)>>> {
@@ -650,8 +674,15 @@ impl DiskFile for RealFile {
     }
 }
 
-/// Whether all pages of a stretch are in the page cache, by `cachestat(2)`. `false` on kernels before 6.5.
+/// Whether all pages of a stretch are in the page cache.
 fn is_resident(file: &File, offset_bytes: u64, len_bytes: u64) -> bool {
+    let page_bytes = rustix::param::page_size() as u64;
+    let pages = (offset_bytes + len_bytes).div_ceil(page_bytes) - offset_bytes / page_bytes;
+    resident_pages(file, offset_bytes, len_bytes).is_some_and(|resident| resident >= pages)
+}
+
+/// How many pages of a stretch are in the page cache, by `cachestat(2)`. `None` on kernels before 6.5.
+fn resident_pages(file: &File, offset_bytes: u64, len_bytes: u64) -> Option<u64> {
     #[repr(C)]
     struct Stretch {
         offset_bytes: u64,
@@ -672,9 +703,7 @@ fn is_resident(file: &File, offset_bytes: u64, len_bytes: u64) -> bool {
     // as long as `file` is borrowed.
     let result =
         unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const stretch, &raw mut counts, 0_u32) };
-    let page_bytes = rustix::param::page_size() as u64;
-    let pages = (offset_bytes + len_bytes).div_ceil(page_bytes) - offset_bytes / page_bytes;
-    result == 0 && counts.cached >= pages
+    (result == 0).then_some(counts.cached)
 }
 
 /// Start and end of each allocated stretch.

@@ -76,9 +76,9 @@ pub struct CleanCache {
     index: Arc<dyn DiskFile>,
     /// How many hold each slot. Only counted up from zero under `state`, so a slot that is free there stays free.
     pins: Box<[AtomicU32]>,
-    /// Slots whose pages a socket may hold: before other content is put there, they are taken out of the file.
+    /// Slots whose pages a socket may hold: other content is put there only once the file has none of them.
     handed_out: Box<[AtomicBool]>,
-    can_punch: bool,
+    can_hand_out: bool,
     state: Mutex<State>,
     inserts: Arc<Semaphore>,
     writes: Semaphore,
@@ -94,6 +94,8 @@ struct State {
     free: VecDeque<u32>,
     /// Failed when they were filled, the longest ago first.
     failed: VecDeque<u32>,
+    /// A socket held pages of them when they were to be filled.
+    handed_out: VecDeque<u32>,
     /// Content that is being filled or checked: whoever else wants to waits for the sender to go.
     busy: HashMap<ContentHash, Shared<oneshot::Receiver<()>>>,
     /// The disk is full or nearly so: slots that were never filled are left alone.
@@ -162,10 +164,10 @@ impl Pinned {
 
 impl Hold for Pinned {
     fn hand_out(&self) -> bool {
-        if self.cache.can_punch {
+        if self.cache.can_hand_out {
             self.cache.handed_out[self.slot as usize].store(true, Ordering::Relaxed);
         }
-        self.cache.can_punch
+        self.cache.can_hand_out
     }
 }
 
@@ -208,13 +210,17 @@ impl CleanCache {
         let opened = files::open(&*disk, config).await?;
         let slots = u32::try_from(opened.entries.len()).map_err(io::Error::other)?;
         // What an earlier process handed out, a client may not have read yet.
-        let handed_out = opened.entries.iter().map(|hash| AtomicBool::new(*hash != NO_HASH)).collect();
+        let handed_out = opened.entries.iter().map(|_| AtomicBool::new(opened.were_there)).collect();
+        // A page that the kernel keeps together with a neighbour's is not forgotten by itself.
+        opened.blocks.expect_random_reads();
+        let can_hand_out = opened.blocks.forgets();
         let mut state = State {
             slots: vec![EMPTY; slots as usize],
             by_hash: HashMap::new(),
             order: S3Fifo::new(slots),
             free: VecDeque::new(),
             failed: VecDeque::new(),
+            handed_out: VecDeque::new(),
             busy: HashMap::new(),
             cautious: false,
             failing: false,
@@ -243,7 +249,7 @@ impl CleanCache {
             index: opened.index,
             pins: (0..slots).map(|_| AtomicU32::new(0)).collect(),
             handed_out,
-            can_punch: opened.can_punch,
+            can_hand_out,
             state: Mutex::new(state),
             inserts: Arc::new(Semaphore::new(INSERTS_MAX)),
             writes: Semaphore::new(WRITES_MAX),
@@ -417,14 +423,18 @@ impl CleanCache {
         result
     }
 
-    /// Takes pages of a slot that nobody has pinned out of the file, if any were handed out.
-    async fn take_back(&self, slot: u32) -> io::Result<()> {
+    /// Whether the pages of a slot that nobody has pinned are nobody's: a socket holds those that it was handed until
+    /// its client has read them, and sees what is written there.
+    async fn is_taken_back(&self, slot: u32) -> bool {
         let handed_out = &self.handed_out[slot as usize];
-        if handed_out.load(Ordering::Relaxed) && self.can_punch {
-            self.blocks.punch(slot_offset_bytes(slot), BLOCK_BYTES).await?;
+        if !self.can_hand_out || !handed_out.load(Ordering::Relaxed) {
+            return true;
+        }
+        let is_gone = self.blocks.forget(slot_offset_bytes(slot), BLOCK_BYTES).await.unwrap_or(false);
+        if is_gone {
             handed_out.store(false, Ordering::Relaxed);
         }
-        Ok(())
+        is_gone
     }
 
     /// Whether the disk has room for more than it already gave.
@@ -489,14 +499,18 @@ impl Fill {
             let mut state = cache.state.lock();
             state.cautious |= !has_space;
         }
+        if !cache.is_taken_back(slot).await {
+            let mut state = cache.state.lock();
+            state.stats.skipped += 1;
+            state.handed_out.push_back(slot);
+            drop(state);
+            self.pinned = None;
+            return None;
+        }
         let written = {
             let Ok(_write) = cache.writes.acquire().await else { return None };
             // Only a hint: a slot that holds something else is found out.
             let emptied = if is_indexed { cache.write_entry(slot, NO_HASH).await } else { Ok(()) };
-            if let Err(error) = cache.take_back(slot).await {
-                cache.state.lock().note_failure("take pages out of", &error);
-                return None;
-            }
             self.writing = true;
             let written = cache.blocks.write_at(block, pinned.offset_bytes()).await;
             self.writing = false;
@@ -545,6 +559,9 @@ impl State {
     fn take_slot(&mut self, pins: &[AtomicU32]) -> Option<u32> {
         self.inserts_begun += 1;
         let retry = self.inserts_begun.is_multiple_of(RETRY_EVERY);
+        if retry && let Some(slot) = self.handed_out.pop_front() {
+            return Some(slot);
+        }
         if self.cautious && retry {
             self.cautious = false;
             if let Some(slot) = self.failed.pop_front() {
@@ -572,7 +589,8 @@ impl State {
             }
         });
         let Some(slot) = evicted else {
-            return self.failed.pop_front().or_else(|| self.free.pop_front());
+            let rest = [&mut self.failed, &mut self.free, &mut self.handed_out];
+            return rest.into_iter().find_map(VecDeque::pop_front);
         };
         if self.slots[slot as usize].held != Held::Nothing {
             self.stats.evictions += 1;

@@ -119,6 +119,8 @@ pub enum ConnectionError {
     BrokenReply(BlockError),
     #[error("the client did not take its replies in time when it was to leave")]
     CloseTimeout,
+    #[error("a bug of the server: the log has a panic's message")]
+    Bug,
     #[error("socket: {0}")]
     Socket(#[from] io::Error),
 }

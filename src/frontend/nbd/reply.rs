@@ -334,6 +334,19 @@ impl Outbox {
         }
     }
 
+    /// Copies what is at hand of files, so that they need not be kept for a client that does not read.
+    pub fn copy_files(&mut self) {
+        for sealed in &mut self.sealed {
+            if let Sealed::File(span) = sealed {
+                let mut data = vec![0; len_of(span.len_bytes)];
+                if span.file.try_read_at(&mut data, span.offset_bytes).is_ok_and(|got| got == data.len()) {
+                    *sealed = Sealed::Bytes(data.into());
+                    self.files -= 1;
+                }
+            }
+        }
+    }
+
     /// Whether there is a file in it.
     pub fn has_file(&self) -> bool {
         self.files > 0

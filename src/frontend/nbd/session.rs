@@ -60,6 +60,10 @@ impl Deref for Payload {
 
 impl From<Payload> for Bytes {
     fn from(mut payload: Payload) -> Self {
+        // Nothing short keeps the memory of something long.
+        if payload.len < payload.buffer.capacity() / 2 {
+            return Self::copy_from_slice(&payload);
+        }
         payload.buffer.truncate(payload.len);
         Self::from(payload.buffer)
     }
@@ -215,6 +219,10 @@ impl Session {
             let max = piece_bytes_max.max(1) as u64;
             let len = if left.len() <= max { left.len() } else { max - left.start() % max };
             let piece_len = crate::geometry::len_of(len);
+            // Nothing short keeps the memory of something long, while it waits for the client.
+            if buffer.len() / 2 > piece_len {
+                buffer = Vec::new();
+            }
             if buffer.len() < piece_len {
                 buffer.resize(piece_len, 0);
             }

@@ -23,6 +23,7 @@ use rustix::io::Errno;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -194,8 +195,12 @@ impl Drop for Guard {
 impl Drop for Threads {
     fn drop(&mut self) {
         self.core.stopping.store(true, Ordering::SeqCst);
+        let left: Vec<_> = self.core.connections.lock().values().cloned().collect();
+        for connection in left {
+            connection.aborted.store(true, Ordering::SeqCst);
+            connection.wake();
+        }
         signal(&self.core.stop);
-        self.core.connections.lock().clear();
     }
 }
 
@@ -228,7 +233,7 @@ impl Core {
         let mut scratch = Scratch::default();
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
-        while !self.stopping.load(Ordering::SeqCst) {
+        loop {
             // One at a time: what is behind it must not wait for it.
             match epoll::wait(&self.epoll, &mut events, None) {
                 Ok(0) | Err(Errno::INTR) => continue,
@@ -239,7 +244,7 @@ impl Core {
                 }
             }
             match events[0].data.u64() {
-                STOP => return,
+                STOP => return self.end_queue(),
                 KICK => self.run_queue(&mut scratch),
                 id => {
                     let connection = self.connections.lock().get(&id).cloned();
@@ -248,6 +253,8 @@ impl Core {
                     {
                         self.serve(&connection, &mut scratch);
                     }
+                    // Sockets that are always ready must not keep those waiting that were woken.
+                    self.run_queue(&mut scratch);
                 }
             }
         }
@@ -268,6 +275,24 @@ impl Core {
         }
     }
 
+    /// Ends what is left, which nobody waits for.
+    fn end_queue(self: &Arc<Self>) {
+        while let Some(connection) = self.queue.lock().pop_front() {
+            self.close(&connection, connection.body.lock().take());
+        }
+    }
+
+    /// Forgets a connection and its socket.
+    fn close(&self, connection: &Connection, body: Option<Body>) -> Option<Body> {
+        self.connections.lock().remove(&connection.id);
+        let body = body?;
+        // It may live on outside, with its descriptor: no events of it from here on.
+        if let Err(error) = epoll::delete(&self.epoll, body.transmission.transport()) {
+            log::warn!("an NBD client's socket stays watched: {error}");
+        }
+        Some(body)
+    }
+
     /// Polls a connection that this thread has taken, until there is nothing to do for it.
     fn serve(self: &Arc<Self>, connection: &Arc<Connection>, scratch: &mut Scratch) {
         let waker = Waker::from(connection.clone());
@@ -282,9 +307,12 @@ impl Core {
                 break None;
             }
             let cause = if state & WOKEN == 0 { Cause::Stream } else { Cause::Woken };
-            match body.poll(&mut cx, scratch, cause, || self.is_alone(connection)) {
-                Poll::Ready(result) => break Some(result),
-                Poll::Pending => {}
+            // A bug in what one client asks for must not take the thread from the others.
+            let poll = AssertUnwindSafe(|| body.poll(&mut cx, scratch, cause, || self.is_alone(connection)));
+            match catch_unwind(poll) {
+                Ok(Poll::Ready(result)) => break Some(result),
+                Ok(Poll::Pending) => {}
+                Err(_) => break Some(Err(ConnectionError::Bug)),
             }
             let yields = body.transmission.take_yielded();
             if !yields && connection.state.load(Ordering::SeqCst) != TAKEN {
@@ -308,16 +336,11 @@ impl Core {
             body.transmission.resume(scratch);
         };
         body.transmission.suspend(scratch);
-        self.connections.lock().remove(&connection.id);
-        if let Some(body) = slot.take() {
-            // It may live on outside, with its descriptor: no events of it from here on.
-            if let Err(error) = epoll::delete(&self.epoll, body.transmission.transport()) {
-                log::warn!("an NBD client's socket stays watched: {error}");
-            }
-            if let Some(result) = outcome {
-                // Nobody may wait for it any more.
-                drop(body.finished.send(Finished { result, ended: body.transmission.end() }));
-            }
+        if let Some(body) = self.close(connection, slot.take())
+            && let Some(result) = outcome
+        {
+            // Nobody may wait for it any more.
+            drop(body.finished.send(Finished { result, ended: body.transmission.end() }));
         }
     }
 

@@ -20,8 +20,9 @@ use super::handshake::{Negotiated, Replies};
 use super::reply::{Chunk, Outbox, Part};
 use super::scratch::Scratch;
 use super::session::{Event, Fragments, Payload, Refusal, Request, Rest, Session};
-use super::status::{self, Context as MetaContext, Status, Stretch};
+use super::status::{self, Context as MetaContext};
 use super::transport::{Cause, Interest, Transport};
+use super::under_way::{Done, Held, Read, Wanted, Write, WritePiece};
 use super::wire::{Cookie, REQUESTS_MAX};
 use super::work::{self, FileParts, Means, WaitPermits};
 use crate::block::{BlockError, BlockHandler, Durability, ReadPlan, write_at};
@@ -51,6 +52,8 @@ const SHORT_BYTES_MAX: u64 = 64 * 1024;
 const LONG_WRITE_BYTES_MIN: u64 = 32 * 1024;
 /// A long write goes to the disk in pieces of this length, which the processor's cache holds.
 const WRITE_PIECE_BYTES_MAX: usize = 256 * 1024;
+/// A client that takes nothing for so long gets copies: the space of a file that is removed comes back.
+const COPY_AFTER: Duration = Duration::from_secs(1);
 /// Rounds of one poll: a client that never pauses must not keep the others from their turn.
 const ROUNDS_MAX: u32 = 16;
 /// What a buffer for replies begins with.
@@ -89,6 +92,8 @@ pub struct Transmission<T> {
     batch: u32,
     /// It could have gone on.
     yields: bool,
+    /// While files are in the outbox, now and then: when it is looked at, and how much the client had taken.
+    copy: Option<(Pin<Box<Sleep>>, u64)>,
     /// The last request was a long write: the next one's payload is not received behind its header.
     expects_long_write: bool,
     waits: Option<Arc<WaitPermits>>,
@@ -145,75 +150,6 @@ enum Stream {
     InReply,
 }
 
-enum Wanted {
-    Request {
-        cookie: Cookie,
-        request: Request,
-    },
-    /// A read, with its plan unless that has become old.
-    Read {
-        cookie: Cookie,
-        range: ByteRange,
-        fragments: Fragments,
-        plan: Option<Result<ReadPlan, BlockError>>,
-    },
-    Write {
-        cookie: Cookie,
-        range: ByteRange,
-        durability: Durability,
-    },
-}
-
-struct Write {
-    cookie: Cookie,
-    durability: Durability,
-    reservation: Reservation,
-    piece: WritePiece,
-}
-
-/// What a long write waits for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum WritePiece {
-    Payload,
-    Disk,
-}
-
-/// A read that is sent piece by piece.
-struct Read {
-    cookie: Cookie,
-    range: ByteRange,
-    /// Where the next piece begins.
-    at_bytes: u64,
-    fragments: Fragments,
-    reservation: Reservation,
-}
-
-/// What is kept until the client has taken the bytes before.
-enum Held {
-    Bytes(Reservation),
-    Read(Read),
-}
-
-/// A request, or a piece of one, that is ready to be answered.
-enum Done {
-    Read {
-        read: Read,
-        piece: ByteRange,
-        result: Result<Vec<Part>, BlockError>,
-    },
-    /// A piece of a long write, not the last.
-    Piece(Result<(), Refusal>),
-    Plain {
-        cookie: Cookie,
-        result: Result<(), Refusal>,
-    },
-    Status {
-        cookie: Cookie,
-        reservation: Reservation,
-        result: Result<Vec<Status>, Refusal>,
-    },
-}
-
 impl<T: Transport> Transmission<T> {
     /// Goes on from what was agreed; `input` holds what came after the handshake. With `waits`, whoever polls may wait
     /// for the local disk.
@@ -231,6 +167,7 @@ impl<T: Transport> Transmission<T> {
             rest: input,
             batch: 0,
             yields: false,
+            copy: None,
             expects_long_write: false,
             waits,
             session: Session::new(negotiated),
@@ -301,6 +238,7 @@ impl<T: Transport> Transmission<T> {
         if cause == Cause::Woken {
             self.poll_stop(cx)?;
         }
+        self.poll_copy(cx, cause);
         for _ in 0..ROUNDS_MAX {
             let mut progress = self.poll_in_flight(cx);
             progress |= self.take_input(cx, scratch)?;
@@ -313,6 +251,7 @@ impl<T: Transport> Transmission<T> {
             }
             progress |= self.poll_receive(cx, scratch)?;
             if !progress {
+                self.poll_copy(cx, cause);
                 return Poll::Pending;
             }
         }
@@ -372,6 +311,25 @@ impl<T: Transport> Transmission<T> {
         }
         let late = self.stopping.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready());
         if late { Err(ConnectionError::CloseTimeout) } else { Ok(()) }
+    }
+
+    /// Files that a client does not take are not kept for it.
+    fn poll_copy(&mut self, cx: &mut Context<'_>, cause: Cause) {
+        if let Some((timer, taken_bytes)) = &mut self.copy {
+            if cause == Cause::Woken && timer.as_mut().poll(cx).is_ready() {
+                let is_stuck = self.outbox.taken_bytes() == *taken_bytes;
+                self.copy = None;
+                if is_stuck {
+                    self.outbox.copy_files();
+                }
+            }
+        } else if self.outbox.has_file() {
+            let mut timer = Box::pin(tokio::time::sleep(COPY_AFTER));
+            // Only to be woken: it has just begun.
+            if timer.as_mut().poll(cx).is_pending() {
+                self.copy = Some((timer, self.outbox.taken_bytes()));
+            }
+        }
     }
 
     fn poll_in_flight(&mut self, cx: &mut Context<'_>) -> bool {
@@ -841,52 +799,5 @@ impl<T: Transport> Transmission<T> {
             Poll::Pending => return Ok(false),
         }
         Ok(true)
-    }
-}
-
-impl Done {
-    /// Whether it is the rest of a reply that others must not interrupt: there is one at a time.
-    fn continues(&self, replies: Replies) -> bool {
-        match self {
-            Self::Read { read, .. } => read.at_bytes > read.range.start() && read.streams(replies),
-            Self::Piece(_) | Self::Plain { .. } | Self::Status { .. } => false,
-        }
-    }
-}
-
-impl Wanted {
-    /// A plan keeps files alive: not while a client is waited for.
-    fn without_plan(self) -> Self {
-        match self {
-            Self::Read { cookie, range, fragments, .. } => {
-                Self::Read { cookie, range, fragments, plan: None }
-            }
-            other => other,
-        }
-    }
-
-    /// Bytes that it has in memory, if it is done in one piece.
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Write { range, .. } | Self::Read { range, .. } => len_of(range.len()),
-            Self::Request { request, .. } => match request {
-                Request::Read { range, .. } | Request::Cache { range } => len_of(range.len()),
-                Request::BlockStatus { extents_max, contexts, .. } => {
-                    // The extents, the answers made of them, and the reply.
-                    *extents_max * contexts.count() * 4 * size_of::<Stretch>()
-                }
-                Request::Flush | Request::Trim { .. } | Request::WriteZeroes { .. } => 0,
-            },
-        }
-    }
-}
-
-impl Read {
-    /// Whether its data has to lie in the stream without anything between.
-    fn streams(&self, replies: Replies) -> bool {
-        match replies {
-            Replies::Simple => true,
-            Replies::Structured => self.fragments == Fragments::One,
-        }
     }
 }

@@ -47,9 +47,17 @@ impl WaitPermits {
     fn with<T>(&self, wait: impl FnOnce() -> T) -> Option<T> {
         let take = |free: usize| free.checked_sub(1);
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
-        let result = wait();
-        self.0.fetch_add(1, Ordering::Relaxed);
-        Some(result)
+        let _permit = WaitPermit(self);
+        Some(wait())
+    }
+}
+
+/// One of them.
+struct WaitPermit<'a>(&'a WaitPermits);
+
+impl Drop for WaitPermit<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -46,8 +46,8 @@ pub(super) struct Opened {
     pub blocks: Arc<dyn DiskFile>,
     pub index: Arc<dyn DiskFile>,
     pub entries: Vec<ContentHash>,
-    /// Whether pages of a slot can be taken out of it.
-    pub can_punch: bool,
+    /// There were files before.
+    pub were_there: bool,
 }
 
 /// Opens the files if they fit the settings and the disk, or else makes new ones.
@@ -87,8 +87,7 @@ pub(super) async fn open(disk: &dyn Disk, config: CacheConfig) -> io::Result<Ope
         } else {
             read_entries(&*index, &mut entries).await;
         }
-        let can_punch = can_punch(&**blocks, slots).await;
-        return Ok(Opened { blocks: blocks.clone(), index, entries, can_punch });
+        return Ok(Opened { blocks: blocks.clone(), index, entries, were_there: true });
     }
     // Another size: files cannot shrink, and what a cache held is not worth more code.
     disk.remove(index_path.clone()).await?;
@@ -98,13 +97,7 @@ pub(super) async fn open(disk: &dyn Disk, config: CacheConfig) -> io::Result<Ope
     let blocks = disk.create(blocks_path, u64::from(slots) * BLOCK_BYTES, Lock::Exclusive).await?;
     let index = disk.create(index_path, HEADER_BYTES + u64::from(slots) * ENTRY_BYTES, Lock::None).await?;
     index.write_at(Bytes::copy_from_slice(&header(slots)), 0).await?;
-    let can_punch = can_punch(&*blocks, slots).await;
-    Ok(Opened { blocks, index, entries, can_punch })
-}
-
-/// Asked behind the last slot, where nothing is.
-async fn can_punch(blocks: &dyn DiskFile, slots: u32) -> bool {
-    blocks.punch(u64::from(slots) * BLOCK_BYTES, BLOCK_BYTES).await.is_ok()
+    Ok(Opened { blocks, index, entries, were_there: false })
 }
 
 /// Slots of a cache that may have half of `available_bytes`. Where the disk sets the limit and not the settings, as many
