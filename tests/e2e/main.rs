@@ -1,6 +1,6 @@
 //! The real binary, from outside: a daemon in a directory of its own, the command line, and other people's NBD clients.
 //!
-//! A client that is missing makes a test say SKIPPED, and fail where `CI` is set.
+//! A client that is missing makes a test say `skipped: `, and fail where `CI` is set.
 
 #![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
 
@@ -11,6 +11,7 @@ mod tools;
 mod activation;
 mod backup;
 mod bad;
+mod clients;
 mod fio;
 mod flow;
 mod full;

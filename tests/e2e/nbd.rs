@@ -143,6 +143,11 @@ impl Client {
 
     pub fn read(&mut self, at: u64, length_bytes: usize) -> Result<Vec<u8>, Failure> {
         self.send(READ, 0, at, length_bytes, &[])?;
+        self.read_answer(length_bytes)
+    }
+
+    /// The next answer, to a read.
+    pub fn read_answer(&mut self, length_bytes: usize) -> Result<Vec<u8>, Failure> {
         self.done()?;
         let mut bytes = vec![0; length_bytes];
         self.stream.read_exact(&mut bytes)?;

@@ -178,7 +178,7 @@ async fn transmit<S: Client>(io: S, agreed: Agreed, shared: &Shared) -> Result<(
     };
     let (result, ended) = match plain {
         Ok((socket, threads)) => {
-            let waits = Some(threads.waits());
+            let waits = Some(threads.crew());
             let transmission = Transmission::new(socket, input, negotiated, disk, shared, waits);
             let Finished { result, ended } = threads.serve(transmission).await?;
             let Ended { transport, client, under_way } = ended;

@@ -45,6 +45,7 @@
 pub mod budget;
 pub mod connection;
 pub mod context;
+pub mod crew;
 pub mod handshake;
 mod past;
 pub mod reply;

@@ -10,13 +10,13 @@
 //!
 //! Any thread serves any connection, one thread at a time: a thread that waits for the local disk with a write in its
 //! hands keeps only that client waiting. There are more threads than processors for this, and no more of them than
-//! [`WaitPermits`] says wait at a time.
+//! [`Crew`] says wait at a time.
 
 use super::connection::ConnectionError;
+use super::crew::{Crew, Turn};
 use super::scratch::Scratch;
 use super::transmission::{Ended, Transmission};
 use super::transport::{Cause, PlainSocket};
-use super::work::WaitPermits;
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
@@ -61,12 +61,11 @@ struct Core {
     kick: OwnedFd,
     /// Readable from the end on.
     stop: OwnedFd,
-    stopping: AtomicBool,
     connections: Mutex<HashMap<u64, Arc<Connection>>>,
     next_id: AtomicU64,
     /// Woken by something else than their sockets.
     queue: Mutex<VecDeque<Arc<Connection>>>,
-    waits: Arc<WaitPermits>,
+    crew: Arc<Crew>,
     /// One connection at a time is spun for, and only where another processor can run the client meanwhile.
     may_spin: bool,
     /// The connection polled last, and when it was first so without another in between, in ns since `began`.
@@ -116,11 +115,10 @@ impl Threads {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             kick: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            stopping: AtomicBool::new(false),
             connections: Mutex::default(),
             next_id: AtomicU64::new(0),
             queue: Mutex::default(),
-            waits: Arc::new(WaitPermits::new(count - serving)),
+            crew: Arc::new(Crew::new(serving, count)),
             may_spin: serving > 1,
             last_id: AtomicU64::new(u64::MAX),
             alone_since_ns: AtomicU64::new(0),
@@ -144,8 +142,8 @@ impl Threads {
     }
 
     /// Leave for those who poll here to wait for the local disk.
-    pub fn waits(&self) -> Arc<WaitPermits> {
-        self.core.waits.clone()
+    pub fn crew(&self) -> Arc<Crew> {
+        self.core.crew.clone()
     }
 
     /// Serves a client to its end.
@@ -194,13 +192,13 @@ impl Drop for Guard {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.core.stopping.store(true, Ordering::SeqCst);
         let left: Vec<_> = self.core.connections.lock().values().cloned().collect();
         for connection in left {
             connection.aborted.store(true, Ordering::SeqCst);
             connection.wake();
         }
         signal(&self.core.stop);
+        self.core.crew.end();
     }
 }
 
@@ -233,9 +231,11 @@ impl Core {
         let mut scratch = Scratch::default();
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
-        loop {
+        while self.crew.turn() == Turn::Look {
             // One at a time: what is behind it must not wait for it.
-            match epoll::wait(&self.epoll, &mut events, None) {
+            let found = epoll::wait(&self.epoll, &mut events, None);
+            self.crew.found();
+            match found {
                 Ok(0) | Err(Errno::INTR) => continue,
                 Ok(_) => {}
                 Err(error) => {

@@ -16,6 +16,7 @@
 
 use super::budget::{ConnectionBudget, Reservation};
 use super::connection::{ConnectionError, Shared};
+use super::crew::Crew;
 use super::handshake::{Negotiated, Replies};
 use super::reply::{Chunk, Outbox, Part};
 use super::scratch::Scratch;
@@ -24,7 +25,7 @@ use super::status::{self, Context as MetaContext};
 use super::transport::{Cause, Interest, Transport};
 use super::under_way::{Done, Held, Read, Wanted, Write, WritePiece};
 use super::wire::{Cookie, REQUESTS_MAX};
-use super::work::{self, FileParts, Means, WaitPermits};
+use super::work::{self, FileParts, Means};
 use crate::block::{BlockError, BlockHandler, Durability, ReadPlan, write_at};
 use crate::frontend::Operation;
 use crate::geometry::{ByteRange, len_of};
@@ -96,7 +97,7 @@ pub struct Transmission<T> {
     copy: Option<(Pin<Box<Sleep>>, u64)>,
     /// The last request was a long write: the next one's payload is not received behind its header.
     expects_long_write: bool,
-    waits: Option<Arc<WaitPermits>>,
+    waits: Option<Arc<Crew>>,
     session: Session,
     replies: Replies,
     handler: Arc<dyn BlockHandler>,
@@ -159,7 +160,7 @@ impl<T: Transport> Transmission<T> {
         negotiated: Negotiated,
         disk: Disk,
         shared: &Shared,
-        waits: Option<Arc<WaitPermits>>,
+        waits: Option<Arc<Crew>>,
     ) -> Self {
         let Disk { handler, contexts, closed } = disk;
         Self {

@@ -5,13 +5,13 @@
 //! Does not own: memory bounds or replies (the transmission).
 
 use super::budget::PIECE_BYTES_MAX;
+use super::crew::Crew;
 use super::reply::{FileSpan, Part};
 use crate::block::{BlockError, BlockHandler, Durability, Piece, ReadPlan, Source, zero_at};
 use crate::geometry::{ByteRange, SECTOR_BYTES, len_of};
 use bytes::{Bytes, BytesMut};
 use futures::stream::{self, StreamExt, TryStreamExt};
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Missing pieces of one read that are fetched at a time.
 const LOADS_MAX: usize = 16;
@@ -24,7 +24,7 @@ pub struct Means<'a> {
     /// Whether replies may hold stretches of files.
     pub files: FileParts,
     /// Leave to wait for the local disk on this thread, where there is any.
-    pub waits: Option<&'a WaitPermits>,
+    pub waits: Option<&'a Crew>,
 }
 
 /// Whether a reply may hold stretches of files.
@@ -32,33 +32,6 @@ pub struct Means<'a> {
 pub enum FileParts {
     Taken,
     Copied,
-}
-
-/// How many threads may wait for the local disk themselves at one time; the others go on serving.
-#[derive(Debug)]
-pub struct WaitPermits(AtomicUsize);
-
-impl WaitPermits {
-    pub fn new(count: usize) -> Self {
-        Self(AtomicUsize::new(count))
-    }
-
-    /// Runs `wait` if one is free.
-    fn with<T>(&self, wait: impl FnOnce() -> T) -> Option<T> {
-        let take = |free: usize| free.checked_sub(1);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
-        let _permit = WaitPermit(self);
-        Some(wait())
-    }
-}
-
-/// One of them.
-struct WaitPermit<'a>(&'a WaitPermits);
-
-impl Drop for WaitPermit<'_> {
-    fn drop(&mut self) {
-        self.0.0.fetch_add(1, Ordering::Relaxed);
-    }
 }
 
 /// What `handler` plans for `range`, if that covers it once, in order.
@@ -150,13 +123,13 @@ pub fn write_now(
     handler: &dyn BlockHandler,
     offset_bytes: u64,
     data: &[u8],
-    waits: Option<&WaitPermits>,
+    waits: Option<&Crew>,
 ) -> Option<Result<(), BlockError>> {
     let range = ByteRange::checked(offset_bytes, data.len() as u64)?;
     if range.is_empty() || !range.is_aligned(SECTOR_BYTES) {
         return None;
     }
-    waits?.with(|| {
+    waits?.wait(|| {
         let grant = match handler.begin_write(range) {
             Ok(grant) => grant?,
             Err(error) => return Some(Err(error)),
