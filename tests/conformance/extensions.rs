@@ -20,7 +20,7 @@ fn extended_headers_carry_requests_and_status_beyond_32_bits() {
     let uri = daemon.attach("disk-0").unix;
     script(&daemon, &clients, "extended", "disk-0", &[]);
     let said = clients.run("nbdinfo", &[&uri]);
-    assert!(said.contains("extended headers"), "{said}");
+    assert!(said.contains("extended packets"), "{said}");
     clients.run("nbdinfo", &["--can", "extended-headers", &uri]);
     clients.run("nbdinfo", &["--map", "--totals", &uri]);
     // QEMU asks for them too.

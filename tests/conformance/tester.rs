@@ -42,7 +42,8 @@ impl Tester {
 /// The port that the daemon listens on.
 pub fn tcp(daemon: &Daemon<'_>, volume: &str) -> String {
     let uri = daemon.attach(volume).tcp;
-    uri.trim_start_matches("nbd://127.0.0.1:").split('/').next().unwrap().to_owned()
+    let (_, address) = uri.split_once("://127.0.0.1:").unwrap();
+    address.split('/').next().unwrap().to_owned()
 }
 
 fn volume(daemon: &Daemon<'_>, name: &str) {

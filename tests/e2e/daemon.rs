@@ -266,11 +266,11 @@ impl Daemon<'_> {
         let attachment = self.json(&format!("volume attach {name}"));
         let uris: Vec<&str> =
             attachment["uris"].as_array().unwrap().iter().map(|uri| uri.as_str().unwrap()).collect();
-        let find = |start: &str| {
-            let found = uris.iter().find(|uri| uri.starts_with(start));
-            (*found.unwrap_or_else(|| panic!("no {start} in {uris:?}"))).to_owned()
+        let find = |starts: &[&str]| {
+            let found = uris.iter().find(|uri| starts.iter().any(|start| uri.starts_with(start)));
+            (*found.unwrap_or_else(|| panic!("none of {starts:?} in {uris:?}"))).to_owned()
         };
-        Uris { tcp: find("nbd://"), unix: find("nbd+unix://") }
+        Uris { tcp: find(&["nbd://", "nbds://"]), unix: find(&["nbd+unix://"]) }
     }
 
     pub fn client(&self, name: &str) -> Client {
