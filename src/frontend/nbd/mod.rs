@@ -30,7 +30,7 @@
 //! | extents in one answer [`wire::EXTENTS_MAX`] | the answer covers the beginning of the range |
 //! | requests under way [`wire::REQUESTS_MAX`] a connection | the server stops reading from that socket |
 //! | bytes under way ([`Config::connection_bytes_max`], [`Config::node_bytes_max`]) | the same |
-//! | replies not taken by the client: 192 KiB beside what was reserved, and 2 MiB that the kernel may hold | the same |
+//! | replies not taken by the client: 192 KiB beside what was reserved, and in the kernel 2 MiB of a Unix socket or what it allows a TCP one | the same |
 //! | one client's input not looked at: 128 KiB | the same |
 //! | bytes of one cache hint [`wire::CACHE_BYTES_MAX`] | the rest of its range is not fetched |
 //! | cache hints of clients that leave, or that are made to | given up |
