@@ -203,6 +203,11 @@ impl Volume {
         Ok(())
     }
 
+    fn check_readable(&self, range: ByteRange) -> Result<(), BlockError> {
+        self.check_running()?;
+        if range.end() <= self.size() { Ok(()) } else { Err(BlockError::Invalid) }
+    }
+
     /// Refuses, or takes again, all I/O of clients, while the volume is given up.
     fn refuse_io(&self, refuse: bool) {
         self.refusing.store(refuse, Ordering::SeqCst);
@@ -418,6 +423,21 @@ async fn load_range(
     Ok(whole.freeze())
 }
 
+/// Data and holes by what the epochs say; none where they say nothing.
+fn recorded_extents(layers: &Layers, stretch: ByteRange) -> Vec<(ByteRange, Option<ExtentKind>)> {
+    let mut kinds = Vec::new();
+    layers.resolve(stretch.grow_to(SECTOR_BYTES), |piece, place| {
+        let Some(piece) = piece.intersect(stretch) else { return };
+        let kind = match place {
+            Where::Epoch(_) => Some(ExtentKind::Data),
+            Where::Zero => Some(ExtentKind::Hole),
+            Where::Below => None,
+        };
+        kinds.push((piece, kind));
+    });
+    kinds
+}
+
 /// Data and holes below all epochs.
 async fn base_extents(
     engine: &Arc<Engine>,
@@ -510,10 +530,7 @@ impl BlockHandler for VolumeHandler {
 
     fn plan_read(&self, range: ByteRange) -> Result<ReadPlan, BlockError> {
         let volume = &self.0;
-        volume.check_running()?;
-        if range.end() > volume.size() {
-            return Err(BlockError::Invalid);
-        }
+        volume.check_readable(range)?;
         let layers = volume.layers.load();
         let mut plan = ReadPlan::new();
         layers.resolve(range.grow_to(SECTOR_BYTES), |stretch, place| {
@@ -622,10 +639,7 @@ impl BlockHandler for VolumeHandler {
     ) -> BoxFuture<'_, Result<Vec<Extent>, BlockError>> {
         Box::pin(async move {
             let volume = &self.0;
-            volume.check_running()?;
-            if range.end() > volume.size() {
-                return Err(BlockError::Invalid);
-            }
+            volume.check_readable(range)?;
             let layers = volume.layers.load_full();
             let mut extents = Vec::new();
             let end = range.end().min(range.start().saturating_add(EXTENTS_BYTES_MAX));
@@ -634,26 +648,11 @@ impl BlockHandler for VolumeHandler {
                 let is_recorded = |stretch| layers.epochs().any(|epoch| epoch.map().has_record(stretch));
                 let whole = ByteRange::new(at, (end - at).min(EXTENTS_EMPTY_BYTES));
                 let part = ByteRange::new(at, whole.len().min(EXTENTS_STRETCH_BYTES));
-                let stretch = if is_recorded(whole) { part } else { whole };
-                if !is_recorded(stretch) {
-                    base_extents(&volume.engine, &layers.base, stretch, &mut extents).await?;
-                    at = stretch.end();
-                    tokio::task::yield_now().await;
-                    continue;
-                }
-                let mut kinds = Vec::new();
-                layers.resolve(stretch.grow_to(SECTOR_BYTES), |piece, place| {
-                    if let Some(piece) = piece.intersect(stretch) {
-                        kinds.push((
-                            piece,
-                            match place {
-                                Where::Epoch(_) => Some(ExtentKind::Data),
-                                Where::Zero => Some(ExtentKind::Hole),
-                                Where::Below => None,
-                            },
-                        ));
-                    }
-                });
+                let (stretch, kinds) = match [whole, part].into_iter().find(|stretch| !is_recorded(*stretch))
+                {
+                    Some(stretch) => (stretch, vec![(stretch, None)]),
+                    None => (part, recorded_extents(&layers, part)),
+                };
                 for (piece, kind) in kinds {
                     match kind {
                         Some(kind) => push_extent(&mut extents, piece, kind),
@@ -686,10 +685,7 @@ impl BlockHandler for VolumeHandler {
     ) -> BoxFuture<'a, Result<Vec<Change>, BlockError>> {
         Box::pin(async move {
             let volume = &self.0;
-            volume.check_running()?;
-            if range.end() > volume.size() {
-                return Err(BlockError::Invalid);
-            }
+            volume.check_readable(range)?;
             let layers = volume.layers.load_full();
             let now = changes::Now::Layers(&layers);
             changes::changes(&volume.engine, &volume.uid, now, past, range, changes_max).await

@@ -38,55 +38,32 @@ pub trait Client: AsyncRead + AsyncWrite + Send + Unpin + Sized {
     ///
     /// # Errors
     /// The runtime does not let it go.
-    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>>;
-
-    /// Back from what [`Client::into_plain`] gave.
-    ///
-    /// # Errors
-    /// The runtime does not take it.
-    fn from_plain(socket: PlainSocket) -> io::Result<Self>;
+    fn into_plain(self) -> io::Result<Plain<Self>> {
+        Ok(Err(self))
+    }
 }
 
-impl Client for TcpStream {
-    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>> {
-        Ok(Ok(PlainSocket::new(self.into_std()?.into())))
-    }
+/// A plain socket and the way back, or what is none.
+pub type Plain<S> = Result<(PlainSocket, fn(PlainSocket) -> io::Result<S>), S>;
 
-    fn from_plain(socket: PlainSocket) -> io::Result<Self> {
-        Self::from_std(socket.into_fd().into())
+impl Client for TcpStream {
+    fn into_plain(self) -> io::Result<Plain<Self>> {
+        let socket = PlainSocket::new(self.into_std()?.into());
+        Ok(Ok((socket, |socket| Self::from_std(socket.into_fd().into()))))
     }
 }
 
 impl Client for UnixStream {
-    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>> {
-        Ok(Ok(PlainSocket::new(self.into_std()?.into())))
-    }
-
-    fn from_plain(socket: PlainSocket) -> io::Result<Self> {
-        Self::from_std(socket.into_fd().into())
+    fn into_plain(self) -> io::Result<Plain<Self>> {
+        let socket = PlainSocket::new(self.into_std()?.into());
+        Ok(Ok((socket, |socket| Self::from_std(socket.into_fd().into()))))
     }
 }
 
 /// A pipe within this process.
-impl Client for DuplexStream {
-    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>> {
-        Ok(Err(self))
-    }
+impl Client for DuplexStream {}
 
-    fn from_plain(_: PlainSocket) -> io::Result<Self> {
-        Err(io::Error::other("a pipe is no socket"))
-    }
-}
-
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Client for TlsStream<S> {
-    fn into_plain(self) -> io::Result<Result<PlainSocket, Self>> {
-        Ok(Err(self))
-    }
-
-    fn from_plain(_: PlainSocket) -> io::Result<Self> {
-        Err(io::Error::other("a stream under TLS is no plain socket"))
-    }
-}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Client for TlsStream<S> {}
 
 /// What all connections share.
 pub struct Shared {
@@ -173,29 +150,32 @@ async fn transmit<S: Client>(io: S, agreed: Agreed, shared: &Shared) -> Result<(
     let OpenExport { handler, guard, closed, .. } = export;
     let (input, disk) = (Vec::from(input), Disk { handler, contexts, closed });
     let plain = match &shared.threads {
-        Some(threads) => io.into_plain()?.map(|socket| (socket, threads)),
+        Some(threads) => io.into_plain()?.map(|(socket, back)| (socket, back, threads)),
         None => Err(io),
     };
-    let (result, ended) = match plain {
-        Ok((socket, threads)) => {
+    let (result, io, client, under_way) = match plain {
+        Ok((socket, back, threads)) => {
             let waits = Some(threads.crew());
             let transmission = Transmission::new(socket, input, negotiated, disk, shared, waits);
             let Finished { result, ended } = threads.serve(transmission).await?;
-            let Ended { transport, client, under_way } = ended;
-            (result, Ended { transport: S::from_plain(transport)?, client, under_way })
+            (result, back(ended.transport), ended.client, ended.under_way)
         }
         Err(io) => {
             let mut transmission = Transmission::new(Streamed(io), input, negotiated, disk, shared, None);
             let result = poll_fn(|cx| poll_here(&mut transmission, cx)).await;
             let Ended { transport: Streamed(io), client, under_way } = transmission.end();
-            (result, Ended { transport: io, client, under_way })
+            (result, Ok(io), client, under_way)
         }
     };
-    let Ended { transport: io, client, under_way } = ended;
-    match &result {
-        Ok(()) => say_goodbye(io, client).await,
-        Err(_) => drop(io),
-    }
+    let result = match (result, io) {
+        (Ok(()), Ok(io)) => {
+            say_goodbye(io, client).await;
+            Ok(())
+        }
+        (Ok(()), Err(error)) => Err(error.into()),
+        // Closed at once.
+        (Err(error), _io) => Err(error),
+    };
     // The guard outlives what the client had asked for: nothing touches the disk after it.
     under_way.await;
     drop(guard);

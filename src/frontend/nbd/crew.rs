@@ -21,7 +21,7 @@ pub struct Crew {
 #[derive(Debug, Default)]
 struct Asleep {
     /// Somebody is to get up.
-    called: usize,
+    called: bool,
     is_over: bool,
 }
 
@@ -52,13 +52,13 @@ impl Crew {
             }
             self.lookers.fetch_sub(1, Ordering::SeqCst);
             let mut asleep = self.asleep.lock();
-            while asleep.called == 0 && !asleep.is_over {
+            while !asleep.called && !asleep.is_over {
                 self.rouse.wait(&mut asleep);
             }
             if asleep.is_over {
                 return Turn::End;
             }
-            asleep.called -= 1;
+            asleep.called = false;
         }
     }
 
@@ -74,7 +74,7 @@ impl Crew {
         let _waiting = Waiting(self);
         if self.lookers.load(Ordering::SeqCst) == 0 {
             let mut asleep = self.asleep.lock();
-            asleep.called = 1;
+            asleep.called = true;
             self.rouse.notify_one();
         }
         Some(work())

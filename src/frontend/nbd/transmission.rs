@@ -25,7 +25,7 @@ use super::status::{self, Context as MetaContext};
 use super::transport::{Cause, Interest, Transport};
 use super::under_way::{Done, Held, Read, Wanted, Write, WritePiece};
 use super::wire::{Cookie, REQUESTS_MAX};
-use super::work::{self, FileParts, Means};
+use super::work::{self, FileParts};
 use crate::block::{BlockError, BlockHandler, Durability, ReadPlan, write_at};
 use crate::frontend::Operation;
 use crate::geometry::{ByteRange, len_of};
@@ -289,11 +289,6 @@ impl<T: Transport> Transmission<T> {
         &self.transport
     }
 
-    fn means(&self) -> Means<'_> {
-        let files = if self.transport.takes_files() { FileParts::Taken } else { FileParts::Copied };
-        Means { files, waits: self.waits.as_deref() }
-    }
-
     fn is_over(&self) -> bool {
         let no_more = match self.incoming {
             Incoming::Goodbye | Incoming::Eof => true,
@@ -404,17 +399,16 @@ impl<T: Transport> Transmission<T> {
                     self.active += 1;
                     self.batch += 1;
                     self.expects_long_write = range.len() >= LONG_WRITE_BYTES_MIN;
-                    let payload = self.session.whole_payload(scratch.unread());
-                    let written = payload.filter(|payload| payload.len() as u64 <= SHORT_BYTES_MAX).and_then(
-                        |payload| {
-                            let waits = self.means().waits;
-                            let result = work::write_now(&*self.handler, range.start(), payload, waits)?;
-                            Some((payload.len(), result))
-                        },
-                    );
+                    let written = match self.session.whole_payload(scratch.unread()) {
+                        Some(payload) if range.len() <= SHORT_BYTES_MAX => {
+                            let waits = self.waits.as_deref();
+                            work::write_now(&*self.handler, range.start(), payload, waits)
+                        }
+                        Some(_) | None => None,
+                    };
                     match written {
-                        Some((len, result)) => {
-                            scratch.at += len;
+                        Some(result) => {
+                            scratch.at += len_of(range.len());
                             self.session.payload_was_used();
                             self.finish_write(cookie, durability, Reservation::none(), result);
                         }
@@ -440,13 +434,12 @@ impl<T: Transport> Transmission<T> {
     fn take_request(&mut self, cookie: Cookie, request: Request) {
         self.active += 1;
         self.batch += 1;
-        let Request::Read { range, fragments } = request else {
-            self.wanted = Some(Wanted::Request { cookie, request });
-            return;
-        };
-        let is_short = !range.is_empty() && range.len() <= SHORT_BYTES_MAX;
         let mut plan = None;
-        if is_short && self.stream == Stream::Free {
+        if let Request::Read { range, .. } = request
+            && !range.is_empty()
+            && range.len() <= SHORT_BYTES_MAX
+            && self.stream == Stream::Free
+        {
             match self.read_now(cookie, range) {
                 ControlFlow::Break(()) => {
                     self.active -= 1;
@@ -455,7 +448,7 @@ impl<T: Transport> Transmission<T> {
                 ControlFlow::Continue(planned) => plan = Some(planned),
             }
         }
-        self.wanted = Some(Wanted::Read { cookie, range, fragments, plan });
+        self.wanted = Some(Wanted::Request { cookie, request, plan });
     }
 
     /// Answers a short read in the outbox itself. If its disk has to be waited for, goes on with what was planned.
@@ -483,17 +476,12 @@ impl<T: Transport> Transmission<T> {
     }
 
     fn begin(&mut self, wanted: Wanted, reservation: Reservation) {
-        let (cookie, request) = match wanted {
+        let (cookie, request, plan) = match wanted {
             Wanted::Write { cookie, durability, .. } => {
                 self.write = Some(Write { cookie, durability, reservation, piece: WritePiece::Payload });
                 return;
             }
-            Wanted::Read { cookie, range, fragments, plan } => {
-                let read = Read { cookie, range, at_bytes: range.start(), fragments, reservation };
-                self.read_piece(read, plan);
-                return;
-            }
-            Wanted::Request { cookie, request } => (cookie, request),
+            Wanted::Request { cookie, request, plan } => (cookie, request, plan),
         };
         let handler = Arc::clone(&self.handler);
         let plain = move |result: Result<(), BlockError>, operation| Done::Plain {
@@ -503,7 +491,7 @@ impl<T: Transport> Transmission<T> {
         match request {
             Request::Read { range, fragments } => {
                 let read = Read { cookie, range, at_bytes: range.start(), fragments, reservation };
-                self.read_piece(read, None);
+                self.read_piece(read, plan);
             }
             Request::Flush => self.launch(Box::pin(async move {
                 let result = handler.flush().await;
@@ -557,7 +545,7 @@ impl<T: Transport> Transmission<T> {
             Err(error) => return self.settle(Done::Read { read, piece, result: Err(error) }),
         };
         let handler = Arc::clone(&self.handler);
-        let files = self.means().files;
+        let files = if self.transport.takes_files() { FileParts::Taken } else { FileParts::Copied };
         self.launch(Box::pin(async move {
             let result = work::read(&*handler, plan, files).await;
             Done::Read { read, piece, result }
@@ -566,7 +554,7 @@ impl<T: Transport> Transmission<T> {
 
     fn write_piece(&mut self, offset_bytes: u64, data: Payload, rest: Rest, scratch: &mut Scratch) {
         let Some(mut write) = self.write.take() else { return };
-        let written = work::write_now(&*self.handler, offset_bytes, &data, self.means().waits);
+        let written = work::write_now(&*self.handler, offset_bytes, &data, self.waits.as_deref());
         if let Some(result) = written {
             scratch.payload = data.into_buffer();
             match (result, rest) {

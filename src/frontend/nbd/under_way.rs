@@ -13,15 +13,10 @@ use crate::block::{BlockError, Durability, ReadPlan};
 use crate::geometry::{ByteRange, len_of};
 
 pub(super) enum Wanted {
+    /// A read perhaps with its plan, unless that has become old.
     Request {
         cookie: Cookie,
         request: Request,
-    },
-    /// A read, with its plan unless that has become old.
-    Read {
-        cookie: Cookie,
-        range: ByteRange,
-        fragments: Fragments,
         plan: Option<Result<ReadPlan, BlockError>>,
     },
     Write {
@@ -95,17 +90,15 @@ impl Wanted {
     /// A plan keeps files alive: not while a client is waited for.
     pub fn without_plan(self) -> Self {
         match self {
-            Self::Read { cookie, range, fragments, .. } => {
-                Self::Read { cookie, range, fragments, plan: None }
-            }
-            other => other,
+            Self::Request { cookie, request, .. } => Self::Request { cookie, request, plan: None },
+            write @ Self::Write { .. } => write,
         }
     }
 
     /// Bytes that it has in memory, if it is done in one piece.
     pub fn bytes(&self) -> usize {
         match self {
-            Self::Write { range, .. } | Self::Read { range, .. } => len_of(range.len()),
+            Self::Write { range, .. } => len_of(range.len()),
             Self::Request { request, .. } => match request {
                 Request::Read { range, .. } | Request::Cache { range } => len_of(range.len()),
                 Request::BlockStatus { extents_max, contexts, .. } => {

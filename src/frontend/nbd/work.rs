@@ -18,15 +18,6 @@ const LOADS_MAX: usize = 16;
 /// A stretch of a file from this length on is sent from it: below, a copy costs less than a call of its own.
 const FILE_PART_BYTES_MIN: u64 = 64 * 1024;
 
-/// Who runs a request, and so what it may do itself.
-#[derive(Clone, Copy)]
-pub struct Means<'a> {
-    /// Whether replies may hold stretches of files.
-    pub files: FileParts,
-    /// Leave to wait for the local disk on this thread, where there is any.
-    pub waits: Option<&'a Crew>,
-}
-
 /// Whether a reply may hold stretches of files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FileParts {
