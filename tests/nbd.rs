@@ -6,19 +6,15 @@
 #[expect(dead_code, reason = "other tests use the rest")]
 mod nbd_disk;
 
-use blockhouse::block::BlockHandler;
 use blockhouse::frontend::nbd::wire::{
     CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_WRITE, OPT_EXPORT_NAME, OPT_LIST,
     OPT_STRUCTURED_REPLY, OptionHeader, RequestHeader,
 };
-use blockhouse::frontend::nbd::{Config, ExportError, ExportListing, Exports, OpenExport, Server};
-use blockhouse::geometry::Access;
-use nbd_disk::TestDisk;
-use std::net::SocketAddr;
+use blockhouse::frontend::nbd::{Config, Server};
+use nbd_disk::served::{TestExports, World, tool};
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -27,84 +23,13 @@ use tokio_util::sync::CancellationToken;
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 64 * MIB;
 
-struct TestExports {
-    disk: Arc<TestDisk>,
-    read_only: Arc<TestDisk>,
-    closed: CancellationToken,
-    clients: Arc<AtomicUsize>,
-}
-
-struct Guard(Arc<AtomicUsize>);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-#[async_trait::async_trait]
-impl Exports for TestExports {
-    async fn list(&self, max: usize) -> Vec<ExportListing> {
-        let names = [("disk", "a disk"), ("fixed", "a read-only disk")];
-        let listing =
-            |(name, text): (&str, &str)| ExportListing { name: name.into(), description: text.into() };
-        names.into_iter().map(listing).take(max).collect()
-    }
-
-    async fn open(&self, name: &str) -> Result<OpenExport, ExportError> {
-        let handler: Arc<dyn BlockHandler> = match name {
-            "" | "disk" => self.disk.clone(),
-            "fixed" => self.read_only.clone(),
-            "away" => return Err(ExportError::Unavailable("its pool does not answer".into())),
-            _ => return Err(ExportError::Unknown),
-        };
-        self.clients.fetch_add(1, Ordering::SeqCst);
-        Ok(OpenExport {
-            name: if name.is_empty() { "disk".into() } else { name.into() },
-            handler,
-            description: "for tests".into(),
-            guard: Box::new(Guard(self.clients.clone())),
-            closed: self.closed.clone(),
-        })
-    }
-}
-
-struct World {
-    server: Server,
-    disk: Arc<TestDisk>,
-    closed: CancellationToken,
-    clients: Arc<AtomicUsize>,
-    dir: tempfile::TempDir,
-}
-
 impl World {
     async fn start() -> Self {
         Self::start_with(Config::default()).await
     }
 
     async fn start_with(config: Config) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let config = Config {
-            tcp: vec!["127.0.0.1:0".parse().unwrap()],
-            unix: Some(dir.path().join("nbd.sock")),
-            ..config
-        };
-        let disk = Arc::new(TestDisk::new(DISK_BYTES, Access::ReadWrite));
-        let read_only = Arc::new(TestDisk::new(DISK_BYTES, Access::ReadOnly));
-        let closed = CancellationToken::new();
-        let clients = Arc::new(AtomicUsize::new(0));
-        let exports =
-            TestExports { disk: disk.clone(), read_only, closed: closed.clone(), clients: clients.clone() };
-        let server = Server::start(config, Arc::new(exports), CancellationToken::new()).await.unwrap();
-        Self { server, disk, closed, clients, dir }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("nbd.sock")
-    }
-
-    fn tcp(&self) -> SocketAddr {
-        self.server.tcp_addresses()[0]
+        Self::serve(config, DISK_BYTES).await
     }
 
     fn uris(&self, name: &str) -> [String; 2] {
@@ -207,28 +132,6 @@ fn hello(name: &str, replies: Replies) -> Vec<u8> {
     }
     bytes.extend(option(OPT_EXPORT_NAME, name.as_bytes()));
     bytes
-}
-
-/// Runs a client and gives its output. A machine without it skips that part, continuous integration fails.
-async fn tool(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = tokio::process::Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let output = match tokio::time::timeout(Duration::from_secs(120), output).await.expect("the client hangs")
-    {
-        Ok(output) => output,
-        Err(error) => {
-            assert!(std::env::var_os("CI").is_none(), "{program} is missing: {error}");
-            eprintln!("skipped: {program} is missing: {error}");
-            return None;
-        }
-    };
-    let text =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{program} {arguments:?}: {}\n{text}", output.status);
-    Some(text)
 }
 
 async fn nbdsh(script: &str) -> Option<String> {
@@ -750,9 +653,7 @@ async fn a_disk_that_is_taken_away_ends_its_clients() {
     world.closed.cancel();
     assert_eq!(client.rest().await.len(), 0);
     drop(client);
-    while world.clients.load(Ordering::SeqCst) > 0 {
-        tokio::task::yield_now().await;
-    }
+    world.all_left().await;
 }
 
 #[tokio::test]
@@ -761,7 +662,7 @@ async fn a_dead_socket_is_replaced_a_live_one_and_a_file_are_not() {
     let start = |path: PathBuf| {
         let exports = TestExports {
             disk: world.disk.clone(),
-            read_only: world.disk.clone(),
+            fixed: world.disk.clone(),
             closed: CancellationToken::new(),
             clients: world.clients.clone(),
         };

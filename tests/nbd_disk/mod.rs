@@ -1,6 +1,8 @@
 //! A disk in memory that answers a frontend in all the ways a volume does: from a file, as zeros, or missing and to
 //! be loaded; inline or later.
 
+pub mod served;
+
 use blockhouse::block::{
     BlockError, BlockHandler, Extent, ExtentKind, Hold, MissingToken, Piece, ReadPlan, Source, WriteGrant,
 };

@@ -121,8 +121,7 @@ impl Exports for OneDisk {
     }
 }
 
-#[tokio::test]
-async fn a_whole_disk_of_terabytes_is_trimmed_zeroed_and_described_at_once() {
+async fn serve() -> (Arc<Huge>, Server) {
     let disk = Arc::new(Huge {
         zeroed: Mutex::default(),
         turn: tokio::sync::Mutex::new(()),
@@ -131,6 +130,12 @@ async fn a_whole_disk_of_terabytes_is_trimmed_zeroed_and_described_at_once() {
     let config = Config { tcp: vec!["127.0.0.1:0".parse().unwrap()], ..Config::default() };
     let server =
         Server::start(config, Arc::new(OneDisk(disk.clone())), CancellationToken::new()).await.unwrap();
+    (disk, server)
+}
+
+#[tokio::test]
+async fn a_whole_disk_of_terabytes_is_trimmed_zeroed_and_described_at_once() {
+    let (disk, server) = serve().await;
     let stream = TcpStream::connect(server.tcp_addresses()[0]).await.unwrap();
     let mut client = Client::shake_hands(stream, "huge", Mode::Extended).await;
     assert_eq!(client.size, SIZE);
@@ -155,14 +160,7 @@ async fn a_whole_disk_of_terabytes_is_trimmed_zeroed_and_described_at_once() {
 
 #[tokio::test]
 async fn several_contexts_are_answered_at_once_or_those_that_are_asked_for() {
-    let disk = Arc::new(Huge {
-        zeroed: Mutex::default(),
-        turn: tokio::sync::Mutex::new(()),
-        size: watch::Sender::new(SIZE),
-    });
-    let config = Config { tcp: vec!["127.0.0.1:0".parse().unwrap()], ..Config::default() };
-    let server =
-        Server::start(config, Arc::new(OneDisk(disk.clone())), CancellationToken::new()).await.unwrap();
+    let (_disk, server) = serve().await;
     for mode in [Mode::Structured, Mode::Extended] {
         let stream = TcpStream::connect(server.tcp_addresses()[0]).await.unwrap();
         let mut client = Client { stream, mode, size: 0, flags: 0 };

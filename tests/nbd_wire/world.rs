@@ -1,67 +1,12 @@
-//! A server over disks in memory, and other people's clients.
+//! What the tests ask of a server over disks in memory.
 
 use crate::client::{Client, Mode};
-use crate::nbd_disk::TestDisk;
-use blockhouse::block::BlockHandler;
-use blockhouse::frontend::nbd::{Config, ExportError, ExportListing, Exports, OpenExport, Server};
-use blockhouse::geometry::Access;
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+pub use crate::nbd_disk::served::{World, tool, try_tool};
+use blockhouse::frontend::nbd::{Config, ExportError, ExportListing, Exports, OpenExport};
 use tokio::net::UnixStream;
-use tokio_util::sync::CancellationToken;
 
 pub const MIB: u64 = 1 << 20;
 pub const DISK_BYTES: u64 = 40 * MIB;
-
-struct TestExports {
-    disk: Arc<TestDisk>,
-    fixed: Arc<TestDisk>,
-    clients: Arc<AtomicUsize>,
-}
-
-struct Guard(Arc<AtomicUsize>);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-#[async_trait::async_trait]
-impl Exports for TestExports {
-    async fn list(&self, max: usize) -> Vec<ExportListing> {
-        let listing = |name: &str| ExportListing { name: name.into(), description: "for tests".into() };
-        ["disk", "fixed"].map(listing).into_iter().take(max).collect()
-    }
-
-    async fn open(&self, name: &str) -> Result<OpenExport, ExportError> {
-        let handler: Arc<dyn BlockHandler> = match name {
-            "" | "disk" => self.disk.clone(),
-            "fixed" => self.fixed.clone(),
-            _ => return Err(ExportError::Unknown),
-        };
-        self.clients.fetch_add(1, Ordering::SeqCst);
-        Ok(OpenExport {
-            name: if name.is_empty() { "disk".into() } else { name.into() },
-            handler,
-            description: "for tests".into(),
-            guard: Box::new(Guard(self.clients.clone())),
-            closed: CancellationToken::new(),
-        })
-    }
-}
-
-pub struct World {
-    pub server: Server,
-    pub disk: Arc<TestDisk>,
-    pub fixed: Arc<TestDisk>,
-    pub clients: Arc<AtomicUsize>,
-    pub dir: tempfile::TempDir,
-}
 
 impl World {
     pub async fn start() -> Self {
@@ -69,26 +14,7 @@ impl World {
     }
 
     pub async fn start_with(config: Config) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let config = Config {
-            tcp: vec!["127.0.0.1:0".parse().unwrap()],
-            unix: Some(dir.path().join("nbd.sock")),
-            ..config
-        };
-        let disk = Arc::new(TestDisk::new(DISK_BYTES, Access::ReadWrite));
-        let fixed = Arc::new(TestDisk::new(DISK_BYTES, Access::ReadOnly));
-        let clients = Arc::new(AtomicUsize::new(0));
-        let exports = TestExports { disk: disk.clone(), fixed: fixed.clone(), clients: clients.clone() };
-        let server = Server::start(config, Arc::new(exports), CancellationToken::new()).await.unwrap();
-        Self { server, disk, fixed, clients, dir }
-    }
-
-    pub fn socket(&self) -> PathBuf {
-        self.dir.path().join("nbd.sock")
-    }
-
-    pub fn tcp(&self) -> SocketAddr {
-        self.server.tcp_addresses()[0]
+        Self::serve(config, DISK_BYTES).await
     }
 
     pub async fn client(&self, mode: Mode) -> Client<UnixStream> {
@@ -99,43 +25,6 @@ impl World {
         let stream = UnixStream::connect(self.socket()).await.unwrap();
         Client::shake_hands(stream, disk, mode).await
     }
-
-    /// Waits until no client holds a disk any more.
-    pub async fn all_left(&self) {
-        let left = async {
-            while self.clients.load(Ordering::SeqCst) > 0 {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(60), left).await.expect("a client's guard is kept");
-    }
-}
-
-/// Runs a program: whether it was content, and what it said. `None`: it is not there.
-pub async fn try_tool(program: &str, arguments: &[&str]) -> Option<(bool, String)> {
-    let output = tokio::process::Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    match tokio::time::timeout(Duration::from_secs(120), output).await.expect("the client hangs") {
-        Ok(output) => {
-            let text = [output.stdout, output.stderr].concat();
-            Some((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
-        }
-        Err(error) => {
-            assert!(std::env::var_os("CI").is_none(), "{program} is missing: {error}");
-            eprintln!("skipped: {program} is missing: {error}");
-            None
-        }
-    }
-}
-
-/// The same of one that has to be content.
-pub async fn tool(program: &str, arguments: &[&str]) -> Option<String> {
-    let (success, text) = try_tool(program, arguments).await?;
-    assert!(success, "{program} {arguments:?}: {text}");
-    Some(text)
 }
 
 /// No disks at all.
